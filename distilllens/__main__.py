@@ -1,0 +1,41 @@
+"""`python -m distilllens COMMAND …`, installed as `distilllens`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "prepare": ("distilllens.data.prepare", "prepare_main", "tokenise records, or download them"),
+    "skills": ("distilllens.quickstart", "skills_main", "write the embedded data set and models"),
+    "make-student": (
+        "distilllens.make_student",
+        "make_student_main",
+        "cut a student out of a teacher",
+    ),
+    "report": ("distilllens.report", "report_main", "tables, curves and lens maps of runs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m distilllens COMMAND …\n\ncommands (each has --help):")
+        for name, (_, _, text) in COMMANDS.items():
+            print(f"  {name:14s}{text}")
+        print("\ntraining and evaluation: python train.py --help, python evaluate.py --help")
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        print(f"error[DL-CONFIG]: unknown command {arguments[0]!r}", file=sys.stderr)
+        print(f"  fix: one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, function, _ = COMMANDS[
+        arguments[0]
+    ]  # imported late: torch takes seconds, help should not
+    return int(getattr(importlib.import_module(module), function)(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,527 @@
+"""Every option of the project: typed, frozen, documented below each field.
+
+A command line is made of YAML layers and flags, later ones win::
+
+    python train.py --config configs/base.yaml --config configs/models/gpt2-base.yaml \\
+        --optim.lr 1e-4 --objective.lens.coeff 0.5
+
+``--print_config`` prints the result as YAML, which run again with ``--config`` gives the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from distilllens.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+DivergenceKind = Literal["fkl", "rkl", "fkl+rkl", "jsd", "akl", "skew_fkl", "skew_rkl", "tvd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes, its seed, and when it stops."""
+
+    output_dir: str = "results/train/run"
+    """Folder of this run: latest/, best/, metrics.jsonl, config.yaml, log.txt."""
+    name: str | None = None
+    """Name in reports and trackers; default: the last parts of output_dir."""
+    seed: int = 10
+    """Seed of data order, dropout and initialisation (any integer ≥ 0)."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of output_dir, or start; must: go on or fail;
+    never: start in an empty folder; or the PATH of a checkpoint."""
+    max_wall_time: str | None = None
+    """Time limit HH:MM:SS; the run then saves and ends with exit code 75."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A low-rank adapter on every linear layer of the student's blocks."""
+
+    r: int = 8
+    """Rank (≥ 1)."""
+    alpha: float = 32.0
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The student, the teacher and their precision."""
+
+    student: str = "checkpoints/gpt2-base"
+    """Folder (or hub name) of the student, a Hugging Face causal language model."""
+    teacher: str | None = None
+    """Folder (or hub name) of the frozen teacher; needed by kd and distill_lens."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Training precision; auto: bfloat16 if the DeepSpeed file enables bf16, else float32."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The teacher's precision; auto: the same as dtype."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of both models; auto: what transformers chooses."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's blocks in the backward pass: less memory, about a third slower."""
+    student_lora: LoraConfig | None = None
+    """Train an adapter instead of all weights; exports are merged."""
+    teacher_lora: str | None = None
+    """Folder of an adapter that is merged into the teacher."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model folder brings along. Only with a pinned revision."""
+    revision: str | None = None
+    """Commit hash of the student's and teacher's hub repositories."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training records and how they become tokens."""
+
+    path: str = "data/dolly"
+    """Folder with raw.jsonl (its first eval.dev_size records are the dev set, the rest trains)."""
+    processed: str | None = None
+    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY."""
+    max_length: int = 512
+    """Longest prompt + response in tokens; longer responses are cut."""
+    max_prompt_length: int = 256
+    """Longest prompt in tokens; records with longer prompts are dropped, counted and told."""
+    train_size: int | None = None
+    """Use only the first N training records; default: all."""
+    bad_lines: Literal["error", "skip"] = "error"
+    """What a broken record does: stop with file and line, or skip it and count."""
+    group_by_length: bool = False
+    """Batches of similar length: less padding, the same records in each epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensConfig:
+    """The divergence between the lenses of paired layers."""
+
+    coeff: float = 1.0
+    """λ, the weight of the lens term against the final divergence (≥ 0)."""
+    divergence: DivergenceKind = "jsd"
+    """Kind of divergence; the method asks for a symmetric one: jsd or fkl+rkl."""
+    beta: float = 0.5
+    """Weight of the teacher in the jsd's mixture, in (0, 1)."""
+    norm: Literal["final", "none"] = "final"
+    """final: the model's own final norm before the head; none: as in the published code."""
+    train_head: bool = True
+    """Let the lens term train the student's LM head too."""
+    teacher_layers: list[int] | None = None
+    """Teacher blocks, i is the output of block i counted from 1; default: by rule."""
+    student_layers: list[int] | None = None
+    """Student blocks, as many as teacher_layers."""
+    rule: Literal["proportional"] = "proportional"
+    """How layers are paired when none are given: at equal shares of the depth."""
+    count: int = 5
+    """Number of pairs of the rule."""
+    weights: list[float] | None = None
+    """One weight for each pair, in order, scaled to a mean of 1; default: all equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """loss = (1 − kd_ratio) · CE + kd_ratio · [final divergence + lens.coeff · lens]."""
+
+    approach: Literal["sft", "kd", "distill_lens"] = "distill_lens"
+    """sft: cross entropy only; kd: with the final divergence; distill_lens: with the lens too."""
+    divergence: DivergenceKind = "rkl"
+    """Divergence between the final distributions of teacher and student."""
+    kd_ratio: float = 1.0
+    """ρ in [0, 1]: the share of distillation against cross entropy on the records' answers."""
+    temperature: float = 1.0
+    """Both logits are divided by T and the final divergence is multiplied by T²; lens: T = 1."""
+    beta: float = 0.5
+    """Weight of the teacher in the jsd's mixture, in (0, 1)."""
+    mu: float = 0.5
+    """akl: cumulative teacher probability of the head, in (0, 1)."""
+    alpha: float = 0.1
+    """skew_fkl, skew_rkl: share of the own distribution in the mixture, in (0, 1)."""
+    fkl_coeff: float = 1.0
+    """fkl+rkl: weight of the forward KL."""
+    rkl_coeff: float = 1.0
+    """fkl+rkl: weight of the reverse KL."""
+    normalization: Literal["global_tokens"] = "global_tokens"
+    """Mean over the response tokens of the whole global batch: all ranks, all micro-batches."""
+    lens: LensConfig = field(default_factory=LensConfig)
+    """The lens term."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, the learning rate's course and the length of the run."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    lr_min: float = 1e-7
+    """Final learning rate of the cosine and linear schedules."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warmup."""
+    warmup: float = 0.0
+    """Linear warmup: optimizer steps if ≥ 1, share of all steps if < 1."""
+    weight_decay: float = 1e-2
+    """Weight decay of matrices; norms and biases are never decayed."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient over all parameters; 0: no clipping."""
+    epochs: int = 20
+    """Passes over the training records."""
+    max_steps: int | None = None
+    """Optimizer steps in all; overrides epochs."""
+    micro_batch_size: int = 4
+    """Records per process and micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Dev evaluation in training and the final evaluation: one set of settings."""
+
+    every: int | None = None
+    """Optimizer steps between dev evaluations; default: once an epoch and at the end."""
+    dev_size: int = 1000
+    """Records at the head of raw.jsonl that are held out as the dev set."""
+    metric: Literal["loss", "rougeL"] = "loss"
+    """What chooses best/: token-weighted dev loss, or Rouge-L of generated dev answers."""
+    batch_size: int = 8
+    """Records per process and batch."""
+    seeds: list[int] = field(default_factory=lambda: [10, 20, 30, 40, 50])
+    """Sampling seeds; the dev evaluation uses the first."""
+    do_sample: bool = True
+    """Sample; false: greedy."""
+    temperature: float = 1.0
+    """Sampling temperature (> 0)."""
+    top_p: float = 1.0
+    """Nucleus: smallest set of tokens with this probability, in (0, 1]."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0: all."""
+    no_repeat_ngram_size: int = 6
+    """No n-gram of this size occurs twice; 0: off."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What is logged, how often and where."""
+
+    log_every: int = 10
+    """Optimizer steps between lines of metrics.jsonl and of the screen."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Mirror the metrics to Weights & Biases; it can never stop a run."""
+    wandb_project: str = "distilllens"
+    """Project name there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a student: `python train.py --config FILE … --section.key value …`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    deepspeed: str = "configs/deepspeed/zero2_bf16.json"
+    """DeepSpeed file: ZeRO stage, precision, offload. Batch, clipping and
+    optimizer come from here."""
+    dry_run: bool = False
+    """Load configs, tokenizer, first batch, layer pairs; tell steps and memory; train nothing."""
+    debug: bool = False
+    """Show tracebacks on the screen (they always go to log.txt)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score a model on test sets: `python evaluate.py --config FILE … --section.key value …`."""
+
+    checkpoint: str = "results/train/run/best"
+    """Folder (or hub name) of the model to score."""
+    output_dir: str = "results/eval_main/run"
+    """Results go to OUTPUT_DIR/seedN/SET/{results.json,samples.jsonl}."""
+    name: str | None = None
+    """Method name in reports; default: the training run's name or APPROACH/DIVERGENCE, else the
+    checkpoint's folder."""
+    data_dir: str = "data"
+    """Folder that holds the sets."""
+    sets: list[str] = field(
+        default_factory=lambda: ["dolly", "self_inst", "vicuna", "sinst", "uinst"]
+    )
+    """Names of sets: folders of data_dir with a valid.jsonl."""
+    limit: int | None = None
+    """Use only the first N prompts of each set; default: the protocol's number."""
+    max_prompt_length: int = 256
+    """Longest prompt in tokens; longer ones are dropped, counted and told."""
+    bad_lines: Literal["error", "skip"] = "error"
+    """What a broken record does: stop with file and line, or skip it and count."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision; auto: that of the checkpoint."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; auto: what transformers chooses."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model folder brings along. Only with a pinned revision."""
+    revision: str | None = None
+    """Commit hash of the hub repository."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    overwrite: bool = False
+    """Score again what has a results.json already; default: skip it."""
+    dry_run: bool = False
+    """Load config, tokenizer and sets, tell counts; generate nothing."""
+    debug: bool = False
+    """Show tracebacks on the screen."""
+
+
+def load_config(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Reads a training configuration: YAML layers deep-merged, then flags.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+
+    Returns:
+        The resolved, validated configuration.
+
+    Raises:
+        ConfigError: Unknown keys (all at once, with the nearest known name), values of a wrong
+            type or range, a file that is missing or not YAML.
+    """
+    config = parse_arguments(TrainConfig, argv, prog="train.py")
+    _raise_problems(train_problems(config))
+    return config
+
+
+def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
+    """Reads an evaluation configuration; the same form and errors as `load_config`."""
+    config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
+    _raise_problems(eval_problems(config.eval))
+    return config
+
+
+def dump_config(config: Any) -> str:
+    """Returns a configuration as YAML; ``--config`` with it gives an equal configuration."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def parse_arguments(config_class: type[T], argv: Sequence[str] | None, *, prog: str) -> T:
+    """Parses ``argv`` into ``config_class`` without checking ranges."""
+    parser = build_parser(config_class, prog=prog)
+    arguments = _spell_out_switches(sys.argv[1:] if argv is None else argv)
+    _raise_problems([*_yaml_problems(parser, arguments), *_flag_problems(parser, arguments)])
+    try:
+        namespace = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(_one_line(str(error)), fix=f"python {prog} --help") from None
+    values = vars(parser.instantiate(namespace))
+    return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})
+
+
+def build_parser(config_class: type, *, prog: str) -> ArgumentParser:
+    """Returns the parser of a configuration class; its field docstrings are the help texts."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times")
+    parser.add_class_arguments(config_class, as_group=True)
+    return parser
+
+
+SWITCHES = ("dry_run", "debug", "overwrite", "download")
+"""Booleans that may stand without a value."""
+
+
+def _spell_out_switches(argv: Sequence[str]) -> list[str]:
+    """``--dry_run`` alone becomes ``--dry_run=true``."""
+    arguments: list[str] = []
+    for position, argument in enumerate(argv):
+        following = argv[position + 1] if position + 1 < len(argv) else ""
+        if argument.removeprefix("--") in SWITCHES and following.lower() not in ("true", "false"):
+            argument += "=true"
+        arguments.append(argument)
+    return arguments
+
+
+def _known_keys(parser: ArgumentParser) -> set[str]:
+    keys = {a.dest for a in parser._actions if a.option_strings}
+    for optional_group in ("model.student_lora",):
+        if optional_group in keys:
+            keys |= {f"{optional_group}.{f.name}" for f in dataclasses.fields(LoraConfig)}
+    return keys
+
+
+def _did_you_mean(key: str, known: set[str]) -> str:
+    """Returns the nearest known key: first by its last part, then as a whole."""
+    last_parts = {k.rsplit(".", 1)[-1]: k for k in sorted(known, reverse=True)}
+    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    last = difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1, cutoff=0.75)
+    guess = whole[0] if whole else (last_parts[last[0]] if last else "")
+    return f" (did you mean {guess}?)" if guess else ""
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{path}.")
+        else:
+            yield path
+
+
+def _config_paths(argv: Sequence[str]) -> Iterator[Path]:
+    for position, argument in enumerate(argv):
+        if argument == "--config" and position + 1 < len(argv):
+            yield Path(argv[position + 1])
+        elif argument.startswith("--config="):
+            yield Path(argument.removeprefix("--config="))
+
+
+def _yaml_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    known = _known_keys(parser)
+    problems = []
+    for path in _config_paths(argv):
+        if not path.is_file():
+            problems.append(f"--config {path}: no such file")
+            continue
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            problems.append(f"{path}: not YAML: {_one_line(str(error))}")
+            continue
+        if not isinstance(content, Mapping):
+            problems.append(f"{path}: expected a mapping of sections, got {content!r:.60}")
+            continue
+        problems += [
+            f"{path}: unknown key {key}{_did_you_mean(key, known)}"
+            for key in _flatten(content)
+            if key not in known
+        ]
+    return problems
+
+
+def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    known = _known_keys(parser)
+    extra = {"help", "print_config", "config"}
+    problems = []
+    for argument in argv:
+        if not argument.startswith("--"):
+            continue
+        key = argument[2:].split("=", 1)[0].removesuffix("+")
+        if key not in known | extra and not key.endswith(".help"):
+            problems.append(f"unknown flag --{key}{_did_you_mean(key, known)}")
+    return problems
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _raise_problems(problems: Sequence[str]) -> None:
+    if problems:
+        what = (
+            problems[0]
+            if len(problems) == 1
+            else f"{len(problems)} problems: " + "; ".join(problems)
+        )
+        raise ConfigError(what, fix="--help lists every key with its meaning and default")
+
+
+def parse_wall_time(text: str) -> float:
+    """Converts ``HH:MM:SS`` to seconds.
+
+    Raises:
+        ConfigError: Not of that form.
+    """
+    match = re.fullmatch(r"(\d+):([0-5]?\d):([0-5]?\d)", text)
+    if match is None:
+        raise ConfigError(f"run.max_wall_time={text!r} is not HH:MM:SS")
+    hours, minutes, seconds = (int(group) for group in match.groups())
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def train_problems(config: TrainConfig) -> list[str]:
+    """Returns every value of a training configuration that is out of range or in conflict."""
+    run, model, data = config.run, config.model, config.data
+    objective, lens, optim = config.objective, config.objective.lens, config.optim
+    needs_teacher = objective.approach != "sft" and objective.kd_ratio > 0
+    rules = {
+        f"run.seed={run.seed} must be ≥ 0": run.seed >= 0,
+        "model.teacher is needed by objective.approach=" + objective.approach: (
+            not needs_teacher or bool(model.teacher)
+        ),
+        "model.trust_remote_code needs model.revision": (
+            not model.trust_remote_code or bool(model.revision)
+        ),
+        f"data.max_prompt_length={data.max_prompt_length} must be in [1, data.max_length)": (
+            1 <= data.max_prompt_length < data.max_length
+        ),
+        f"data.train_size={data.train_size} must be ≥ 1": data.train_size is None
+        or data.train_size >= 1,
+        f"objective.kd_ratio={objective.kd_ratio} must be in [0, 1]": 0 <= objective.kd_ratio <= 1,
+        f"objective.temperature={objective.temperature} must be > 0": objective.temperature > 0,
+        f"objective.beta={objective.beta} must be in (0, 1)": 0 < objective.beta < 1,
+        f"objective.mu={objective.mu} must be in (0, 1)": 0 < objective.mu < 1,
+        f"objective.alpha={objective.alpha} must be in (0, 1)": 0 < objective.alpha < 1,
+        "objective.fkl_coeff and rkl_coeff must be ≥ 0": (
+            objective.fkl_coeff >= 0 and objective.rkl_coeff >= 0
+        ),
+        f"objective.lens.coeff={lens.coeff} must be ≥ 0": lens.coeff >= 0,
+        f"objective.lens.beta={lens.beta} must be in (0, 1)": 0 < lens.beta < 1,
+        f"objective.lens.count={lens.count} must be ≥ 1": lens.count >= 1,
+        "objective.lens.teacher_layers and student_layers must be given together": (
+            (lens.teacher_layers is None) == (lens.student_layers is None)
+        ),
+        f"optim.lr={optim.lr} must be > 0": optim.lr > 0,
+        f"optim.lr_min={optim.lr_min} must be in [0, optim.lr={optim.lr}]": (
+            0 <= optim.lr_min <= optim.lr
+        ),
+        f"optim.warmup={optim.warmup} must be ≥ 0": optim.warmup >= 0,
+        f"optim.weight_decay={optim.weight_decay} must be ≥ 0": optim.weight_decay >= 0,
+        f"optim.clip_grad={optim.clip_grad} must be ≥ 0": optim.clip_grad >= 0,
+        f"optim.epochs={optim.epochs} must be ≥ 1": optim.epochs >= 1,
+        f"optim.max_steps={optim.max_steps} must be ≥ 1": optim.max_steps is None
+        or optim.max_steps >= 1,
+        f"optim.micro_batch_size={optim.micro_batch_size} must be ≥ 1": optim.micro_batch_size >= 1,
+        f"optim.accumulation={optim.accumulation} must be ≥ 1": optim.accumulation >= 1,
+        f"tracking.log_every={config.tracking.log_every} must be ≥ 1": (
+            config.tracking.log_every >= 1
+        ),
+    }
+    problems = [text for text, holds in rules.items() if not holds]
+    lora = model.student_lora
+    if lora is not None and (lora.r < 1 or not 0 <= lora.dropout < 1):
+        problems.append(f"model.student_lora={lora} needs r ≥ 1 and dropout in [0, 1)")
+    if run.max_wall_time is not None:
+        parse_wall_time(run.max_wall_time)
+    return problems + eval_problems(config.eval)
+
+
+def eval_problems(config: EvalConfig) -> list[str]:
+    """Returns every evaluation setting that is out of range."""
+    rules = {
+        f"eval.every={config.every} must be ≥ 1": config.every is None or config.every >= 1,
+        f"eval.dev_size={config.dev_size} must be ≥ 0": config.dev_size >= 0,
+        f"eval.batch_size={config.batch_size} must be ≥ 1": config.batch_size >= 1,
+        "eval.seeds must not be empty": bool(config.seeds),
+        f"eval.temperature={config.temperature} must be > 0": config.temperature > 0,
+        f"eval.top_p={config.top_p} must be in (0, 1]": 0 < config.top_p <= 1,
+        f"eval.top_k={config.top_k} must be ≥ 0": config.top_k >= 0,
+        f"eval.no_repeat_ngram_size={config.no_repeat_ngram_size} must be ≥ 0": (
+            config.no_repeat_ngram_size >= 0
+        ),
+        f"eval.max_new_tokens={config.max_new_tokens} must be ≥ 1": config.max_new_tokens >= 1,
+    }
+    return [text for text, holds in rules.items() if not holds]

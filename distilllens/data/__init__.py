@@ -1,0 +1,1 @@
+"""From JSON lines to batches: records, prompts, tokens, order, collation, benchmarks."""

@@ -1,0 +1,416 @@
+"""The kinds of tasks of the skills data set: each draws one question and works out its answer.
+
+Each kind asks in several ways and often for opposite things (ascending, descending), so that a
+model has to read the instruction; `tests/unit/test_skill_answers.py` reads the questions with
+solvers of its own and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from distilllens.data.skill_words import (
+    CATEGORIES,
+    CATEGORY_OF,
+    CITIES,
+    COLOURS,
+    JOBS,
+    MONTHS,
+    NAMES,
+    NOUNS,
+    OPPOSITES,
+    ORDINALS,
+    PAST_TENSES,
+    UNITS,
+    WEEKDAYS,
+    enumerate_words,
+    number_word,
+    plural,
+    with_article,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question and its answer, as a record has them."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+def _on_list(rng: Random, order: str, items: Sequence[object], output: str) -> Task:
+    """Puts the list behind the order, or half of the time into the record's input."""
+    listed = ", ".join(map(str, items))
+    ends = order.endswith("?")
+    if rng.random() < 0.5:
+        return Task(order if ends else f"{order}.", listed, output)
+    return Task(f"{order} {listed}" if ends else f"{order}: {listed}", "", output)
+
+
+def sort_words(rng: Random) -> Task:
+    backwards = rng.random() < 0.5
+    orders = (
+        ("Sort these words from Z to A", "Put the words in reverse alphabetical order")
+        if backwards
+        else ("Sort these words from A to Z", "Put the words in alphabetical order")
+    )
+    words = rng.sample(NOUNS, rng.randint(3, 4))
+    answer = ", ".join(sorted(words, reverse=backwards))
+    return _on_list(rng, rng.choice(orders), words, answer)
+
+
+def sort_numbers(rng: Random) -> Task:
+    falling = rng.random() < 0.5
+    orders = (
+        ("Sort these numbers from large to small", "Put the numbers in descending order")
+        if falling
+        else ("Sort these numbers from small to large", "Put the numbers in ascending order")
+    )
+    numbers = rng.sample(range(1, 100), rng.randint(3, 5))
+    answer = ", ".join(map(str, sorted(numbers, reverse=falling)))
+    return _on_list(rng, rng.choice(orders), numbers, answer)
+
+
+def count_members(rng: Random) -> Task:
+    category, other = rng.sample(tuple(CATEGORIES), 2)
+    count = rng.randint(0, 4)
+    members = rng.sample(CATEGORIES[category], count)
+    words = members + rng.sample(CATEGORIES[other], 5 - count)
+    rng.shuffle(words)
+    found = [word for word in words if word in members]
+    question = rng.choice(
+        (
+            f"How many {plural(category)} are in this list?",
+            f"Count the {plural(category)} and name them",
+        )
+    )
+    if not found:
+        return _on_list(rng, question, words, f"There are no {plural(category)} in it.")
+    verb, noun = ("is", category) if count == 1 else ("are", plural(category))
+    answer = f"There {verb} {number_word(count)} {noun}: {enumerate_words(found)}."
+    return _on_list(rng, question, words, answer)
+
+
+def compare_amounts(rng: Random) -> Task:
+    first, second = rng.sample(NAMES, 2)
+    things = plural(rng.choice(NOUNS))
+    amount, difference = rng.randint(1, 12), rng.randint(1, 8)
+    amounts = [amount, amount + difference]
+    rng.shuffle(amounts)
+    word = rng.choice(("more", "fewer"))
+    passage = f"{first} has {amounts[0]} {things} and {second} has {amounts[1]}."
+    question = rng.choice((f"Who has {word} {things}?", f"Who has {word}, and by how many?"))
+    order = (first, second) if (amounts[0] > amounts[1]) == (word == "more") else (second, first)
+    answer = f"{order[0]} has {difference} {word} than {order[1]}."
+    if rng.random() < 0.5:
+        return Task(question, passage, answer)
+    return Task(f"{passage} {question}", "", answer)
+
+
+def arithmetic_in_words(rng: Random) -> Task:
+    first, second = rng.randint(1, 10), rng.randint(1, 10)
+    plus = rng.random() < 0.5
+    if not plus:
+        first, second = max(first, second), min(first, second)
+    terms = f"{number_word(first)} {'plus' if plus else 'minus'} {number_word(second)}"
+    question = rng.choice(
+        (
+            f"What is {terms}?",
+            f"Calculate {terms}.",
+            f"How much is {terms}?",
+            f"Give the result in words: {terms}.",
+        )
+    )
+    return Task(question, "", number_word(first + second if plus else first - second))
+
+
+def story_arithmetic(rng: Random) -> Task:
+    first, second = rng.sample(NAMES, 2)
+    things = plural(rng.choice(NOUNS))
+    had, given = rng.randint(2, 12), rng.randint(1, 10)
+    gives = rng.random() < 0.5 and had - given >= 2
+    giver, receiver = (first, second) if gives else (second, first)
+    verb = rng.choice(("gave", "handed"))
+    passage = f"{first} had {had} {things}. {giver} {verb} {receiver} {given}."
+    question = rng.choice(
+        (
+            f"How many {things} does {first} have now?",
+            f"Read the story. What does {first} have now?",
+        )
+    )
+    answer = f"{first} now has {had - given if gives else had + given} {things}."
+    return Task(question, passage, answer)
+
+
+def extraction(rng: Random) -> Task:
+    people, days = rng.sample(NAMES, 2), rng.sample(WEEKDAYS, 2)
+    cities, colours = rng.sample(CITIES, 2), rng.sample(COLOURS, 2)
+    category = rng.choice(("garment", "tool", "vehicle", "instrument"))
+    things = rng.sample(CATEGORIES[category], 2)
+    passage = " ".join(
+        f"On {day} {person} bought a {colour} {thing} in {city}."
+        for day, person, colour, thing, city in zip(
+            days, people, colours, things, cities, strict=True
+        )
+    )
+    asked = rng.randrange(2)
+    day, person, city = days[asked], people[asked], cities[asked]
+    thing, colour = things[asked], colours[asked]
+    question, answer = rng.choice(
+        (
+            (f"Where did {person} buy the {thing}?", f"{person} bought the {thing} in {city}."),
+            (f"When was the {thing} bought?", f"The {thing} was bought on {day}."),
+            (f"Who bought something in {city}?", f"{person} bought a {thing} there."),
+            (f"What did {person} buy?", f"{person} bought a {colour} {thing}."),
+            (f"What colour is the {thing}?", f"The {thing} is {colour}."),
+        )
+    )
+    return Task(question, passage, answer)
+
+
+def plurals(rng: Random) -> Task:
+    nouns = rng.sample(NOUNS, rng.randint(2, 4))
+    order = rng.choice(
+        ("Write these words in the plural", "Give the plural of each word", "Turn one into many")
+    )
+    return _on_list(rng, order, nouns, ", ".join(map(plural, nouns)))
+
+
+def past_tense(rng: Random) -> Task:
+    count = rng.randint(2, 3)
+    people, cities = rng.sample(NAMES, count), rng.sample(CITIES, count)
+    verbs = rng.sample(tuple(PAST_TENSES), count)
+
+    def sentence(forms: Sequence[str]) -> str:
+        clauses = zip(people, forms, cities, strict=True)
+        return " and ".join(f"{who} {form} in {city}" for who, form, city in clauses) + "."
+
+    order = rng.choice(
+        ("Rewrite in the past tense", "Say that it happened yesterday", "Use the past tense")
+    )
+    answer = sentence([PAST_TENSES[verb] for verb in verbs])
+    if rng.random() < 0.5:
+        return Task(f"{order}.", sentence(verbs), answer)
+    return Task(f"{order}: {sentence(verbs)}", "", answer)
+
+
+def capital_letters(rng: Random) -> Task:
+    upper = rng.random() < 0.7
+    orders = (
+        ("Write in capital letters", "Change to upper case")
+        if upper
+        else ("Write in small letters", "Change to lower case")
+    )
+    words = f"{rng.choice(COLOURS)} {rng.choice(NOUNS)}"
+    words += f" and {rng.choice(COLOURS)} {rng.choice(NOUNS)}"
+    given, answer = (words, words.upper()) if upper else (words.upper(), words)
+    return _on_list(rng, rng.choice(orders), [given], answer)
+
+
+def reverse_order(rng: Random) -> Task:
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    order = rng.choice(
+        ("Reverse the order of the words", "Write the list backwards", "Read from last to first")
+    )
+    return _on_list(rng, order, words, ", ".join(reversed(words)))
+
+
+def weekdays(rng: Random) -> Task:
+    start, distance = rng.randrange(7), rng.randint(1, 4)
+    day, name = WEEKDAYS[start], rng.choice(NAMES)
+    days = f"{number_word(distance)} {'day' if distance == 1 else 'days'}"
+    later = rng.random() < 0.5
+    questions = (
+        (
+            f"Which day is {days} after {day}?",
+            f"Today is {day}. Which day is in {days}?",
+            f"{name} left on {day} and came back {days} later. On which day?",
+        )
+        if later
+        else (
+            f"Which day is {days} before {day}?",
+            f"Today is {day}. Which day was {days} ago?",
+            f"Today is {day}. {name} called {days} ago. On which day?",
+        )
+    )
+    answer = WEEKDAYS[(start + (distance if later else -distance)) % 7]
+    return Task(rng.choice(questions), "", answer)
+
+
+def dates(rng: Random) -> Task:
+    year, month, day = rng.randint(1990, 2029), rng.randint(1, 12), rng.randint(1, 28)
+    question = rng.choice(
+        ("Write this date with the name of the month", "Which date is this in words")
+    )
+    return _on_list(
+        rng, question, [f"{year}-{month:02d}-{day:02d}"], f"{day} {MONTHS[month - 1]} {year}"
+    )
+
+
+def units(rng: Random) -> Task:
+    large, small, factor = rng.choice(UNITS)
+    number = rng.randint(2, 20)
+    question = rng.choice(
+        (
+            f"How many {small} are {number} {large}?",
+            f"Convert {number} {large} to {small}.",
+            f"Express {number} {large} in {small}.",
+        )
+    )
+    return Task(question, "", f"{number} {large} are {number * factor} {small}.")
+
+
+def list_position(rng: Random) -> Task:
+    words = rng.sample(NOUNS, rng.randint(4, 5))
+    position = rng.choice(("last", *ORDINALS[: len(words) - 1]))
+    other = rng.choice(("last", *ORDINALS[: len(words) - 1]))
+
+    def find(name: str) -> str:
+        return words[-1] if name == "last" else words[ORDINALS.index(name)]
+
+    if rng.random() < 0.7 or position == other:
+        question = rng.choice(
+            (f"What is the {position} word?", f"Which word stands in {position} place?")
+        )
+        return _on_list(rng, question, words, find(position))
+    question = f"Name the {position} word and then the {other} word"
+    return _on_list(rng, question, words, f"{find(position)} and {find(other)}")
+
+
+def word_length(rng: Random) -> Task:
+    words = rng.sample(NOUNS, 4)
+    longest = rng.random() < 0.5
+    word = (max if longest else min)(words, key=len)
+    if sum(len(other) == len(word) for other in words) > 1:
+        return word_length(rng)  # two words of that length: no single answer
+    name = "longest" if longest else "shortest"
+    question = rng.choice((f"Which word is the {name}?", f"Find the {name} word"))
+    answer = f"The {name} word is {word} with {number_word(len(word))} letters."
+    return _on_list(rng, question, words, answer)
+
+
+def yes_no_category(rng: Random) -> Task:
+    noun = rng.choice(NOUNS)
+    true = CATEGORY_OF[noun]
+    asked = true if rng.random() < 0.4 else rng.choice(tuple(CATEGORIES))
+    question = rng.choice(
+        (
+            f"Is {with_article(noun)} {with_article(asked)}?",
+            f"True or not: {with_article(noun)} is {with_article(asked)}.",
+            f"Do {plural(noun)} belong to the {plural(asked)}?",
+        )
+    )
+    answer = f"{'Yes' if asked == true else 'No'}, {with_article(noun)} is {with_article(true)}."
+    return Task(question, "", answer)
+
+
+def yes_no_number(rng: Random) -> Task:
+    first, second = rng.sample(range(1, 100), 2)
+    word = rng.choice(("larger", "smaller"))
+    true = "larger" if first > second else "smaller"
+    question = rng.choice(
+        (f"Is {first} {word} than {second}?", f"Is it true that {first} is {word} than {second}?")
+    )
+    answer = f"{'Yes' if word == true else 'No'}, {first} is {true} than {second}."
+    return Task(question, "", answer)
+
+
+def sequences(rng: Random) -> Task:
+    step, start = rng.choice((1, 2, 5, 10)), rng.randint(1, 30)
+    numbers = [start + step * place for place in range(6)]
+    if rng.random() < 0.4:
+        numbers.reverse()
+    order = rng.choice(
+        ("Continue with two numbers", "Which two numbers come next?", "Write the next two numbers")
+    )
+    return _on_list(rng, order, numbers[:4], ", ".join(map(str, numbers[4:])))
+
+
+def opposites(rng: Random) -> Task:
+    adjectives = rng.sample(tuple(OPPOSITES), rng.randint(2, 3))
+    turned = [OPPOSITES[adjective] for adjective in adjectives]
+    if rng.random() < 0.4:
+        order = rng.choice(("Give the opposites", "Write the opposite of each word"))
+        return _on_list(rng, order, adjectives, ", ".join(turned))
+    nouns = rng.sample(NOUNS, len(adjectives))
+    given, answer = (
+        enumerate_words([f"the {a} {n}" for a, n in zip(words, nouns, strict=True)])
+        for words in (adjectives, turned)
+    )
+    order = rng.choice(("Replace each adjective by its opposite", "Say the opposite of this"))
+    return _on_list(rng, order, [given], answer)
+
+
+def odd_one_out(rng: Random) -> Task:
+    category, other = rng.sample(tuple(CATEGORIES), 2)
+    odd = rng.choice(CATEGORIES[other])
+    words = [*rng.sample(CATEGORIES[category], rng.randint(3, 4)), odd]
+    rng.shuffle(words)
+    question = rng.choice(
+        ("Which word does not belong?", "Find the odd one out", "One word is of another kind")
+    )
+    answer = f"The {odd} is {with_article(other)}, the others are {plural(category)}."
+    return _on_list(rng, question, words, answer)
+
+
+def word_letters(rng: Random) -> Task:
+    words = rng.sample(NOUNS, rng.randint(3, 4))
+    place = rng.choice(("first", "last"))
+    order = rng.choice(
+        (f"Write the {place} letter of each word", f"Which letters come {place} in these words?")
+    )
+    letters = [word[0] if place == "first" else word[-1] for word in words]
+    return _on_list(rng, order, words, ", ".join(letters))
+
+
+def filter_words(rng: Random) -> Task:
+    keep, other = rng.sample(tuple(CATEGORIES), 2)
+    kept = rng.sample(CATEGORIES[keep], rng.randint(1, 3))
+    words = kept + rng.sample(CATEGORIES[other], rng.randint(2, 3))
+    rng.shuffle(words)
+    drop = rng.random() < 0.4
+    orders = (
+        (f"Leave out the {plural(other)}", f"Remove every {other} from the list")
+        if drop
+        else (f"Keep only the {plural(keep)}", f"Name each {keep} in the list")
+    )
+    answer = ", ".join(word for word in words if word in kept)
+    return _on_list(rng, rng.choice(orders), words, answer)
+
+
+def filter_numbers(rng: Random) -> Task:
+    limit = rng.randint(2, 8) * 10
+    numbers = rng.sample([n for n in range(1, 100) if n != limit], rng.randint(3, 5))
+    above = rng.random() < 0.5
+    kept = [str(n) for n in numbers if (n > limit) == above]
+    relation = rng.choice(("above", "over", "larger than") if above else ("below", "under"))
+    order = rng.choice((f"Keep the numbers {relation} {limit}", f"List all {relation} {limit}"))
+    return _on_list(rng, order, numbers, ", ".join(kept) if kept else "none")
+
+
+def describe(rng: Random) -> Task:
+    name, age = rng.choice(NAMES), rng.randint(20, 69)
+    city, job = rng.choice(CITIES), rng.choice(JOBS)
+    fields = [f"name: {name}", f"age: {age}", f"city: {city}", f"job: {job}"]
+    rng.shuffle(fields)
+    order = rng.choice(
+        ("Describe the person in a sentence", "Turn the data into a sentence", "Who is this?")
+    )
+    answer = f"{name} is {age} years old, lives in {city} and works as a {job}."
+    return Task(order if order.endswith("?") else f"{order}.", "; ".join(fields), answer)
+
+
+KINDS: dict[str, Callable[[Random], Task]] = {
+    kind.__name__: kind
+    for kind in (
+        *(sort_words, sort_numbers, count_members, compare_amounts, arithmetic_in_words),
+        *(story_arithmetic, extraction, plurals, past_tense, capital_letters, reverse_order),
+        *(weekdays, dates, units, list_position, word_length, yes_no_category, yes_no_number),
+        *(sequences, opposites, odd_one_out, word_letters, filter_words, filter_numbers),
+        describe,
+    )
+}
+"""Name of a kind, which becomes the record's topic, and what draws one of its tasks."""

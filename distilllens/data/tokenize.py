@@ -1,0 +1,381 @@
+"""Tokenised records: made once, kept as memory-mapped Arrow tables, reused by fingerprint.
+
+A prepared folder holds ``train/`` and ``dev/`` (datasets' ``save_to_disk``) and ``manifest.json``.
+Everything that decides the tokens is in the manifest's ``source``: where one part of it differs,
+the folder is built anew beside the old one and takes its place by renaming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import datasets
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from distilllens.config import DataConfig
+from distilllens.data.encode import encode_prompts, encode_responses, tokenizer_fingerprint
+from distilllens.data.progress import track
+from distilllens.data.prompts import alpaca_prompt
+from distilllens.data.records import Record, file_sha256, read_records
+from distilllens.errors import ConfigError, DataError, StorageError
+
+FORMAT_VERSION = 1
+"""Raised whenever the same source would give other tokens or other columns."""
+CHUNK_RECORDS = 1000
+"""Records tokenised at once: the unit of progress, and of memory held as Python lists."""
+
+TOKEN_FEATURES = {"prompt_ids": List(Value("int32")), "response_ids": List(Value("int32"))}
+TEXT_FEATURES = {"prompt": Value("string"), "reference": Value("string")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCounts:
+    """What became of the records of one part; all in records but for the three in tokens."""
+
+    records: int = 0
+    used: int = 0
+    overlong_prompts: int = 0
+    empty_answers: int = 0
+    cut_responses: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    longest: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """The tokenised data of a run.
+
+    ``train`` and ``dev`` have the columns prompt_ids and response_ids (int32; a response ends with
+    EOS unless it was cut); dev also prompt and reference (texts). ``stats`` is plain JSON:
+    {"lines", "skipped_lines", "train": PartCounts, "dev": PartCounts} of the stored data.
+    """
+
+    train: Dataset
+    dev: Dataset
+    folder: Path
+    fingerprint: str
+    stats: dict[str, Any]
+
+    def summary(self) -> str:
+        """Returns one line that tells every count a user should know of."""
+        train, dev = self.stats["train"], self.stats["dev"]
+        dropped = {
+            "broken lines skipped": self.stats["skipped_lines"],
+            "over-long prompts dropped": train["overlong_prompts"] + dev["overlong_prompts"],
+            "empty answers dropped": train["empty_answers"] + dev["empty_answers"],
+            "responses cut": train["cut_responses"] + dev["cut_responses"],
+        }
+        told = ", ".join(f"{number:,} {name}" for name, number in dropped.items())
+        return (
+            f"{self.folder}: {len(self.train):,} training and {len(self.dev):,} dev records, "
+            f"{train['response_tokens']:,} response tokens to train on; {told}"
+        )
+
+
+def prepare_dataset(
+    *,
+    data: DataConfig,
+    dev_size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    build: bool = True,
+    console: Console | None = None,
+) -> PreparedData:
+    """Tokenises data.path/raw.jsonl, or opens what was tokenised before from the same source.
+
+    With several processes, rank 0 calls it with ``build=True``, then, after a barrier, the
+    others with ``build=False``.
+
+    Args:
+        data: Where the records are, where tokens go, the lengths, what broken lines do.
+        dev_size: Records at the file's head that are the dev set.
+        tokenizer: The student's.
+        family: Model type (gpt2, llama, qwen2 …), the last part of the default folder.
+        build: Tokenise where needed, with progress; False: only open, and print nothing.
+        console: For progress and counts; default: standard error.
+
+    Raises:
+        ConfigError: Lengths that leave no token for a response; a tokenizer without EOS.
+        DataError: What `read_records` finds wrong; no usable training record; with
+            ``build=False``, a folder that does not fit.
+        StorageError: The folder holds something else, or cannot be written.
+    """
+    _check_options(data, dev_size, tokenizer)
+    raw_file = Path(data.path) / "raw.jsonl"
+    folder = prepared_folder(data, family)
+    source = {
+        "raw_sha256": file_sha256(raw_file),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": alpaca_prompt("{instruction}") + alpaca_prompt("{instruction}", "{input}"),
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "dev_size": dev_size,
+        "bad_lines": data.bad_lines,
+        "format_version": FORMAT_VERSION,
+    }
+    difference = _difference(folder, source)
+    if difference and not build:
+        raise DataError(
+            f"{folder}: no tokenised data that fits this run: {difference}",
+            fix="tokenise first: python -m distilllens prepare with this run's options",
+        )
+    console = console or Console(stderr=True)
+    if difference:
+        if folder.exists():
+            console.print(f"{folder} is tokenised anew: {difference}", soft_wrap=True)
+        _build(folder, source, raw_file, data=data, tokenizer=tokenizer, console=console)
+    return _open(folder, train_size=data.train_size)
+
+
+def prepared_folder(data: DataConfig, family: str) -> Path:
+    """Returns the folder of the tokenised data: data.processed or the conventional place."""
+    if data.processed is not None:
+        return Path(data.processed)
+    return Path("processed_data") / Path(data.path).resolve().name / "full" / family
+
+
+def record_lengths(table: Dataset) -> np.ndarray:
+    """Returns the length in tokens of each record, prompt and response (int64)."""
+    lengths = np.zeros(len(table), dtype=np.int64)
+    arrow = table.with_format("arrow")[:]
+    for name in ("prompt_ids", "response_ids"):
+        chunks = [chunk.value_lengths().to_numpy() for chunk in arrow[name].chunks]
+        lengths += np.concatenate([np.zeros(0, dtype=np.int64), *chunks])
+    return lengths
+
+
+def _check_options(data: DataConfig, dev_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not 1 <= data.max_prompt_length < data.max_length:
+        raise ConfigError(
+            f"data.max_prompt_length={data.max_prompt_length} must be in [1, "
+            f"data.max_length={data.max_length})",
+            why="a prompt of that length must leave room for a response token",
+        )
+    if dev_size < 0:
+        raise ConfigError(f"eval.dev_size={dev_size} must be ≥ 0")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no eos_token", why="it marks the end of an answer")
+
+
+def _fingerprint(source: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(folder: Path, source: dict[str, Any]) -> str:
+    """Says why ``folder`` is not the data of ``source``; empty if it is."""
+    if not folder.exists():
+        return "it is not there"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        stored, files = dict(manifest["source"]), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its manifest.json cannot be read ({type(error).__name__})"
+    for name, value in source.items():
+        if stored.get(name) != value:
+            return f"{name} was {_short(stored.get(name))}, now {_short(value)}"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is damaged"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 12 else f"{text[:12]}…"
+
+
+def _open(folder: Path, *, train_size: int | None) -> PreparedData:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    train = datasets.load_from_disk(str(folder / "train"))
+    dev = datasets.load_from_disk(str(folder / "dev"))
+    assert isinstance(train, Dataset) and isinstance(dev, Dataset)
+    if train_size is not None and train_size < len(train):
+        train = train.select(range(train_size))
+    return PreparedData(
+        train=train,
+        dev=dev,
+        folder=folder,
+        fingerprint=_fingerprint(manifest["source"]),
+        stats=manifest["stats"],
+    )
+
+
+def _build(
+    folder: Path,
+    source: dict[str, Any],
+    raw_file: Path,
+    *,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> None:
+    """Writes the prepared folder next to its place and renames it there."""
+    if folder.exists() and not _is_prepared(folder):
+        raise StorageError(
+            f"{folder} holds other things than tokenised data",
+            fix="give an empty or new folder with data.processed",
+        )
+    file = read_records(raw_file, bad_lines=data.bad_lines)
+    dev_size = source["dev_size"]
+    parts = {"train": file.records[dev_size:], "dev": file.records[:dev_size]}
+    tables: dict[str, Dataset] = {}
+    counts: dict[str, PartCounts] = {}
+    with track("tokenising", "records", total=len(file.records), console=console) as advance:
+        for name, records in parts.items():
+            tables[name], counts[name] = _tokenise(
+                records, tokenizer, data, texts=name == "dev", advance=advance
+            )
+    _check_usable(raw_file, counts)
+    stats = {
+        "lines": file.num_lines,
+        "skipped_lines": file.num_skipped,
+        **{name: asdict(part) for name, part in counts.items()},
+    }
+    for problem in file.problems[:10]:
+        console.print(f"skipped {problem}", soft_wrap=True, highlight=False, markup=False)
+    try:
+        _write(folder, tables, {"source": source, "stats": stats})
+    except OSError as error:
+        if not _difference(folder, source):
+            return  # another process built the same data meanwhile
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _check_usable(raw_file: Path, counts: dict[str, PartCounts]) -> None:
+    train, dev = counts["train"], counts["dev"]
+    if train.used == 0:
+        raise DataError(
+            f"{raw_file}: 0 usable training records",
+            why=f"{train.records + dev.records} records: {dev.records} are the dev set, "
+            f"{train.overlong_prompts} have over-long prompts, "
+            f"{train.empty_answers} have empty answers",
+            fix="lower eval.dev_size or raise data.max_prompt_length",
+        )
+    if dev.records > 0 and dev.used == 0:
+        raise DataError(
+            f"{raw_file}: 0 usable dev records",
+            why=f"{dev.overlong_prompts} have over-long prompts, "
+            f"{dev.empty_answers} have empty answers",
+            fix="raise data.max_prompt_length or eval.dev_size; 0 goes without a dev set",
+        )
+
+
+def _tokenise(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    texts: bool,
+    advance: Callable[[int], None],
+) -> tuple[Dataset, PartCounts]:
+    """Returns the table of the usable records, in their order, and what became of the others."""
+    features = Features({**TOKEN_FEATURES, **TEXT_FEATURES} if texts else TOKEN_FEATURES)
+    tables = [Dataset.from_dict({name: [] for name in features}, features=features)]
+    counts = PartCounts(records=len(records))
+    for start in range(0, len(records), CHUNK_RECORDS):
+        chunk = records[start : start + CHUNK_RECORDS]
+        columns: dict[str, list[Any]] = {name: [] for name in features}
+        for row, cut in _usable_rows(chunk, tokenizer, data):
+            for name, values in columns.items():
+                values.append(row[name])
+            length = len(row["prompt_ids"]) + len(row["response_ids"])
+            counts = replace(
+                counts,
+                used=counts.used + 1,
+                cut_responses=counts.cut_responses + cut,
+                prompt_tokens=counts.prompt_tokens + len(row["prompt_ids"]),
+                response_tokens=counts.response_tokens + len(row["response_ids"]),
+                longest=max(counts.longest, length),
+            )
+        empty = sum(not record.outputs[0].strip() for record in chunk)
+        counts = replace(counts, empty_answers=counts.empty_answers + empty)
+        tables.append(Dataset.from_dict(columns, features=features))
+        advance(len(chunk))
+    overlong = counts.records - counts.used - counts.empty_answers
+    table = datasets.concatenate_datasets(tables)
+    return table, replace(counts, overlong_prompts=overlong)
+
+
+def _usable_rows(
+    chunk: Sequence[Record], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yields the row of each record that has an answer and fits, and whether its answer was cut."""
+    answered = [record for record in chunk if record.outputs[0].strip()]
+    prompts = encode_prompts(tokenizer, [record.prompt for record in answered])
+    responses = encode_responses(tokenizer, [record.outputs[0] for record in answered])
+    for record, prompt_ids, response_ids in zip(answered, prompts, responses, strict=True):
+        if len(prompt_ids) > data.max_prompt_length:
+            continue
+        room = data.max_length - len(prompt_ids)
+        row = {
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids[:room],
+            "prompt": record.prompt,
+            "reference": record.outputs[0],
+        }
+        yield row, len(response_ids) > room
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether a folder holds nothing but what `_write` puts there, so that it may be replaced."""
+    return folder.is_dir() and {p.name for p in folder.iterdir()} <= {
+        "train",
+        "dev",
+        "manifest.json",
+    }
+
+
+def _write(folder: Path, tables: dict[str, Dataset], manifest: dict[str, Any]) -> None:
+    """Saves the tables, the manifest last, and puts the whole in place by renaming."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}-{uuid4().hex[:8]}"
+    building = folder.with_name(f".{folder.name}-building-{mark}")
+    replaced = folder.with_name(f".{folder.name}-replaced-{mark}")
+    try:
+        with _quiet_datasets():
+            for name, table in tables.items():
+                # Without num_shards an empty table is saved as no file and cannot be loaded.
+                shards = 1 if len(table) == 0 else None
+                table.save_to_disk(str(building / name), num_shards=shards)
+        stored = sorted(path for path in building.rglob("*") if path.is_file())
+        manifest["files"] = {str(p.relative_to(building)): p.stat().st_size for p in stored}
+        manifest["fingerprint"] = _fingerprint(manifest["source"])
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (building / "manifest.json").write_text(text, encoding="utf-8")
+        if folder.exists():
+            os.rename(folder, replaced)
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if replaced.exists() and not folder.exists():
+                os.rename(replaced, folder)
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Saving shows a bar of its own for each part; a second is not worth one."""
+    was_quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_quiet:
+            datasets.enable_progress_bars()

@@ -1,0 +1,120 @@
+"""Process group, rank and the few reductions that the loop needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from distilllens import libraries  # noqa: F401  (first: it settles DeepSpeed's accelerator)
+from distilllens.errors import DistributedError
+
+TIMEOUT = timedelta(minutes=30)
+"""A rank that waits longer than this for another one gives up."""
+
+
+def initialize() -> torch.device:
+    """Joins the process group that torchrun describes, or makes one of this process alone.
+
+    Returns:
+        The device of this process: its GPU if there is one, else the CPU.
+
+    Raises:
+        DistributedError: The group cannot be joined.
+    """
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        _skip_shared_memory_build()
+    if not dist.is_initialized():
+        import deepspeed  # two seconds that --help need not pay
+
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False
+            )
+        except (RuntimeError, ValueError) as error:
+            raise DistributedError(
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+                why=str(error).splitlines()[0],
+                fix="check that the address can be reached and the port is free",
+            ) from None
+    if not on_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _skip_shared_memory_build() -> None:
+    """Keeps DeepSpeed from compiling a C++ extension for minutes before the first CPU step."""
+    import deepspeed
+
+    table = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(table, dict) and "deepspeed_shm_comm" in table:
+        table["deepspeed_shm_comm"] = False
+
+
+def rank() -> int:
+    """Returns this process's number, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def environment_world_size() -> int:
+    """Returns the number of processes that torchrun started, also before they met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Adds a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Adds a few Python numbers over all processes, in float64."""
+    if world_size() == 1:
+        return [float(n) for n in numbers]
+    return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+
+
+def shutdown() -> None:
+    """Leaves the process group; a group of one is kept for the next run in this process."""
+    if world_size() > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Evaluation: generation, scores, and the protocol of sets × seeds."""

@@ -1,0 +1,145 @@
+"""What there is to score: the sets, the cells, which of them are finished, and whose they are.
+
+A *cell* is one set with one sampling seed. Everything here happens before weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from distilllens.config import EvaluateConfig
+from distilllens.data.benchmarks import load_benchmark
+from distilllens.data.records import Record
+from distilllens.data.tokenize import encode_prompts
+from distilllens.errors import ConfigError, DataError
+from distilllens.evaluation.generation import check_context_window
+from distilllens.evaluation.provenance import checkpoint_fingerprint, identity
+from distilllens.evaluation.results import is_finished
+from distilllens.models import load_model_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """The records of one set that are scored."""
+
+    name: str
+    records: list[Record]
+    """Those whose prompts are within the limit."""
+    num_dropped: int
+    """Records whose prompts are longer than that."""
+    longest_prompt: int
+    """Tokens of the longest prompt that is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One set with one sampling seed."""
+
+    data: EvaluationSet
+    seed: int
+    folder: Path
+    identity: dict[str, Any]
+    is_finished: bool
+
+
+def check_settings(config: EvaluateConfig) -> None:
+    """Checks what the types leave open.
+
+    Raises:
+        ConfigError: Names every bad value at once.
+    """
+    sets, seeds = config.sets, config.eval.seeds
+    rules = {
+        f"max_prompt_length={config.max_prompt_length} must be ≥ 1": config.max_prompt_length >= 1,
+        "sets must not be empty": bool(sets),
+        f"sets={sets} names a set twice": len(set(sets)) == len(sets),
+        f"eval.seeds={seeds} names a seed twice": len(set(seeds)) == len(seeds),
+        f"eval.seeds={seeds} must be ≥ 0": all(seed >= 0 for seed in seeds),
+        "trust_remote_code needs revision": not config.trust_remote_code or bool(config.revision),
+    }
+    problems = [text for text, holds in rules.items() if not holds]
+    if problems:
+        raise ConfigError("; ".join(problems), fix="--help lists every key")
+
+
+def drop_long_prompts(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], max_prompt_length: int
+) -> tuple[list[Record], int]:
+    """Returns the records whose prompts are within the limit, and the tokens of the longest."""
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, [r.prompt for r in records])]
+    pairs = [
+        (record, length)
+        for record, length in zip(records, lengths, strict=True)
+        if length <= max_prompt_length
+    ]
+    return [record for record, _ in pairs], max((length for _, length in pairs), default=0)
+
+
+def no_usable_prompt(name: str, num_records: int, limit: int) -> DataError:
+    return DataError(
+        f"{name}: none of {num_records} prompts is within max_prompt_length={limit} tokens",
+        fix="raise --max_prompt_length",
+    )
+
+
+def load_set(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
+) -> EvaluationSet:
+    """Loads a set and drops what has too long a prompt.
+
+    Raises:
+        ConfigError, DataError: See `load_benchmark`; no prompt is within the limit.
+    """
+    records = load_benchmark(
+        name, data_dir=config.data_dir, limit=config.limit, bad_lines=config.bad_lines
+    )
+    kept, longest = drop_long_prompts(tokenizer, records, config.max_prompt_length)
+    if not kept:
+        raise no_usable_prompt(name, len(records), config.max_prompt_length)
+    return EvaluationSet(
+        name=name, records=kept, num_dropped=len(records) - len(kept), longest_prompt=longest
+    )
+
+
+def check_windows(config: EvaluateConfig, sets: Sequence[EvaluationSet]) -> None:
+    """Refuses too long a set before weights load and before the first of the sets has run."""
+    model_config = load_model_config(
+        config.checkpoint, trust_remote_code=config.trust_remote_code, revision=config.revision
+    )
+    longest = max(data.longest_prompt for data in sets)
+    check_context_window(model_config, longest, config.eval.max_new_tokens)
+
+
+def plan_cells(config: EvaluateConfig, sets: Sequence[EvaluationSet]) -> list[Cell]:
+    """Returns all cells, sets first, and which of them are finished.
+
+    Raises:
+        ConfigError: A finished cell belongs to another evaluation.
+    """
+    checkpoint = checkpoint_fingerprint(config.checkpoint, config.revision)
+    cells = []
+    for data in sets:
+        wanted = identity(config, checkpoint=checkpoint, records=data.records)
+        for seed in config.eval.seeds:
+            folder = Path(config.output_dir) / f"seed{seed}" / data.name
+            finished = not config.overwrite and is_finished(folder, wanted)
+            cells.append(
+                Cell(data=data, seed=seed, folder=folder, identity=wanted, is_finished=finished)
+            )
+    return cells
+
+
+def deal(cells: Sequence[Cell], world_size: int) -> list[list[Cell]]:
+    """Deals cells to ranks, the largest first, each to the rank with the fewest prompts so far."""
+    hands: list[list[Cell]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for cell in sorted(cells, key=lambda cell: -len(cell.data.records)):
+        rank = loads.index(min(loads))
+        hands[rank].append(cell)
+        loads[rank] += len(cell.data.records)
+    return hands

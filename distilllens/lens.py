@@ -1,0 +1,100 @@
+"""The logit lens: what a model would say if it stopped after some block.
+
+``lens = head ∘ final_norm`` with the model's own modules (nostalgebraist 2020; tuned-lens's
+``Unembed``). A lens is for raw block outputs; the last of ``hidden_states`` is normed already.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from distilllens.errors import ConfigError
+from distilllens.families import base_model, find_parts, run_body
+from distilllens.fused import Unembedding
+
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Largest difference relative to the largest logit; 16-bit models get 0.05."""
+
+
+class LogitLens:
+    """Final norm and LM head of one model, applied to the output of any block.
+
+    Args:
+        model: A Hugging Face causal LM, with or without LoRA.
+        norm: ``final``: the model's own final norm comes first; ``none``: as in the published
+            code, the head alone.
+
+    Raises:
+        ConfigError: The model's parts cannot be found.
+    """
+
+    def __init__(self, model: nn.Module, norm: Literal["final", "none"] = "final") -> None:
+        if norm not in ("final", "none"):
+            raise ConfigError(f"lens.norm={norm!r} must be 'final' or 'none'")
+        self.model, self.norm = model, norm
+        self.parts = find_parts(model)
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """Maps raw block output [..., D] to what the head takes, [..., D]; differentiable."""
+        if self.norm == "final":
+            hidden = self.parts.final_norm(hidden)
+        return self.parts.project_out(hidden)
+
+    def unembedding(self) -> Unembedding:
+        """Returns the head's weight, bias and logit transform, for `distilllens.fused`."""
+        head = self.parts.head
+        return Unembedding(head_VD=head.weight, bias_V=head.bias, transform=self.parts.transform)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Maps raw block output [..., D] to logits [..., V] in the model's dtype."""
+        logits = self.parts.head(self.normalize(hidden))
+        return logits if self.parts.transform is None else self.parts.transform(logits)
+
+    @torch.no_grad()
+    def self_check(self, input_ids_BT: Tensor) -> float:
+        """Proves that the parts were found: last block through the lens = the model's own logits.
+
+        Args:
+            input_ids_BT: A few token ids (int64), no padding.
+
+        Returns:
+            The largest difference, relative to the largest logit.
+
+        Raises:
+            ConfigError: They differ, so the lens would show something else than the model. (With
+                ``norm="none"`` the check is made with the norm.)
+        """
+        model = base_model(self.model)
+        was_training = model.training
+        model.eval()
+        try:
+            expected = model(input_ids=input_ids_BT, use_cache=False).logits.double()
+            last = len(self.parts.blocks)
+            _, captured = run_body(self.parts, input_ids_BT, [last])
+            checked = LogitLens(self.model, "final")
+            checked.parts = self.parts
+            actual = checked.logits(captured[last]).double()
+        finally:
+            model.train(was_training)
+        error = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+        if not expected.isfinite().all():
+            raise ConfigError(
+                f"a model of family {model.config.model_type!r} gives logits that are not finite",
+                why="its weights hold NaN or infinities, or overflow in this dtype",
+            )
+        tolerance = SELF_CHECK_TOLERANCE.get(next(model.parameters()).dtype, 0.05)
+        if not error <= tolerance:  # NaN fails too
+            raise ConfigError(
+                f"the logit lens of family {model.config.model_type!r} differs from the model's "
+                f"own logits by {error:.2g} of the largest one",
+                why=f"final norm {type(self.parts.final_norm).__name__}, head "
+                f"{type(self.parts.head).__name__}, transform {self.parts.transform} are not all "
+                "that stands between the last block and the logits",
+                fix="teach distilllens/families.py this family",
+            )
+        return error

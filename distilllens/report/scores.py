@@ -1,0 +1,206 @@
+"""Reads the scores that ``evaluate.py`` left: one `Score` for each results.json below a folder.
+
+The layout is METHOD/seedN/SET/results.json, or METHOD/seedT/seedN/SET/results.json where a method
+was trained with several seeds: T is then the training seed and N the sampling seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distilllens.errors import ConfigError, DataError
+
+SEED_FOLDER = re.compile(r"seed(\d+)")
+METRICS = ("rougeL", "exact_match")
+"""The metrics of the tables, both as mean × 100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One results.json: one model, one test set, one sampling seed."""
+
+    file: Path
+    method_folder: Path
+    """Folder above the seeds; scores of one method share it."""
+    name: str
+    test_set: str
+    training_seed: int | None
+    """From the path; None where the path has one level of seeds only."""
+    sampling_seed: int
+    num_prompts: int
+    metrics: Mapping[str, float]
+    records: str | None
+    """Fingerprint of the records, where the result has one."""
+    settings: Mapping[str, Any]
+    """How the answers were generated; methods are comparable where this is equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """All scores of one method, under the label that tables and plots show."""
+
+    label: str
+    scores: tuple[Score, ...]
+
+    @property
+    def test_sets(self) -> list[str]:
+        """The sets it was scored on, each once, sorted."""
+        return sorted({score.test_set for score in self.scores})
+
+
+def collect_scores(folders: Iterable[Path]) -> list[Score]:
+    """Reads every results.json below the folders, each file once, in the order of the folders.
+
+    Args:
+        folders: Evaluation folders at any height: results/eval_main, one method, one seed.
+
+    Returns:
+        Scores; those of one folder in natural order of their paths (seed10 before seed100).
+
+    Raises:
+        ConfigError: A folder does not exist.
+        DataError: A results.json is not what evaluate.py writes.
+    """
+    scores: dict[Path, Score] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--eval {folder}: no such folder",
+                fix="give a folder that evaluate.py wrote, for example results/eval_main",
+            )
+        files = (path.resolve() for path in folder.rglob("results.json"))
+        for file in sorted(files, key=_natural_key):
+            scores.setdefault(file, _read_score(file))
+    return list(scores.values())
+
+
+def group_methods(scores: Sequence[Score]) -> list[Method]:
+    """Groups scores by method folder, in order of first appearance, with unique labels."""
+    by_folder: dict[Path, list[Score]] = {}
+    for score in scores:
+        by_folder.setdefault(score.method_folder, []).append(score)
+    names = {folder: _common_name(members) for folder, members in by_folder.items()}
+    labels = unique_labels(names)
+    return [
+        Method(label=labels[folder], scores=tuple(members)) for folder, members in by_folder.items()
+    ]
+
+
+def unique_labels(names: Mapping[Path, str]) -> dict[Path, str]:
+    """Returns one label per folder: its name, with the differing part of the path where needed.
+
+    Two folders called ``rkl`` become ``rkl (kd/rkl)`` and ``rkl (distill_lens/rkl)``.
+    """
+    labels = {}
+    for folder, name in names.items():
+        twins = [str(other) for other, twin_name in names.items() if twin_name == name]
+        if len(twins) > 1:
+            # commonpath of the twins' parents would hide a twin that is the parent of another.
+            tail = os.path.relpath(folder, os.path.commonpath(twins))
+            name = f"{name} ({folder.name if tail == '.' else tail})"
+        labels[folder] = name
+    return labels
+
+
+def comparison_warnings(methods: Sequence[Method]) -> list[str]:
+    """Returns what keeps the methods' figures from being like for like, one sentence each."""
+    warnings = []
+    for test_set in sorted({name for method in methods for name in method.test_sets}):
+        scores = [s for m in methods for s in m.scores if s.test_set == test_set]
+        counts = sorted({score.num_prompts for score in scores})
+        records = {score.records for score in scores if score.records is not None}
+        if len(counts) > 1:
+            listed = ", ".join(str(count) for count in counts)
+            warnings.append(f"{test_set}: not the same number of prompts everywhere ({listed})")
+        elif len(records) > 1:
+            warnings.append(f"{test_set}: not the same prompts or references everywhere")
+    settings = [score.settings for method in methods for score in method.scores]
+    keys = sorted({key for setting in settings for key in setting})
+    for key in keys:
+        values = {json.dumps(setting.get(key), sort_keys=True) for setting in settings}
+        if len(values) > 1:
+            warnings.append(f"generation setting {key} differs: {', '.join(sorted(values))}")
+    return warnings
+
+
+def prompt_counts(methods: Sequence[Method]) -> dict[str, int]:
+    """Returns the number of prompts of each set (the smallest, where methods differ)."""
+    counts: dict[str, int] = {}
+    for score in (score for method in methods for score in method.scores):
+        known = counts.get(score.test_set, score.num_prompts)
+        counts[score.test_set] = min(known, score.num_prompts)
+    return counts
+
+
+def _read_score(file: Path) -> Score:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file}: not JSON: {error}", fix="evaluate again with --overwrite"
+        ) from None
+    try:
+        metrics = {name: float(content["metrics"][name]) for name in METRICS}
+        num_prompts = int(content["metrics"]["num"])
+        test_set, seed = str(content["set"]), int(content["seed"])
+        name, settings = str(content["name"]), _generation_settings(content["config"])
+        records = content.get("identity", {}).get("records")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{file}: not a result of evaluate.py: {type(error).__name__} {error}",
+            why="a report needs metrics.{rougeL, exact_match, num}, set, seed, name and config",
+            fix="evaluate again with --overwrite, or remove the file",
+        ) from None
+    method_folder, training_seed = _method_of(file)
+    if training_seed is not None:
+        name = re.sub(rf"[/ _-]seed{training_seed}$", "", name)
+    return Score(
+        file=file,
+        method_folder=method_folder,
+        name=name,
+        test_set=test_set,
+        training_seed=training_seed,
+        sampling_seed=seed,
+        num_prompts=num_prompts,
+        metrics=metrics,
+        records=records,
+        settings=settings,
+    )
+
+
+def _generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides the answers, without the seeds and what only decides the speed."""
+    settings = dict(config["eval"]) | {"max_prompt_length": config["max_prompt_length"]}
+    for key in ("seeds", "batch_size", "every", "dev_size", "metric"):
+        settings.pop(key, None)
+    return settings
+
+
+def _method_of(file: Path) -> tuple[Path, int | None]:
+    """Returns the folder above the seed folders, and the training seed if the path has one."""
+    for folder in file.parents:
+        if SEED_FOLDER.fullmatch(folder.name):
+            above = SEED_FOLDER.fullmatch(folder.parent.name)
+            if above:
+                return folder.parent.parent, int(above.group(1))
+            return folder.parent, None
+    return file.parent.parent, None
+
+
+def _common_name(scores: Sequence[Score]) -> str:
+    names = {score.name for score in scores}
+    if len(names) == 1:
+        return names.pop()
+    return "/".join(scores[0].method_folder.parts[-2:])
+
+
+def _natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts numbers inside paths by value, so that seed9 stands before seed10."""
+    pieces = re.split(r"(\d+)", str(path))
+    return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in pieces]

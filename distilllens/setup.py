@@ -1,0 +1,284 @@
+"""From a configuration to everything a run needs: first what costs nothing, then the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from distilllens import distributed
+from distilllens.config import TrainConfig
+from distilllens.data.tokenize import PreparedData, prepare_dataset
+from distilllens.errors import ConfigError, DataError
+from distilllens.families import no_decay_parameters
+from distilllens.layers import LayerPair, build_layer_pairs
+from distilllens.lens import LogitLens
+from distilllens.models import (
+    check_same_tokens,
+    load_model_config,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    num_blocks,
+    shared_vocab_size,
+    vocab_rows,
+)
+from distilllens.objective import DistillationObjective
+from distilllens.student import DistillationModule, Teacher
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OURS_IN_DEEPSPEED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+"""Keys that come from the configuration's ``optim`` section instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run as far as it is known before weights are loaded; made without a process group."""
+
+    config: TrainConfig
+    deepspeed: dict[str, Any]
+    dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    student_config: PretrainedConfig
+    teacher_config: PretrainedConfig | None
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[LayerPair]
+    objective: DistillationObjective
+    vocab_size: int
+    notes: list[str]
+    """What the user should be told."""
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the DeepSpeed file."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def plan_run(config: TrainConfig) -> Plan:
+    """Reads model configurations and tokenizers and checks that all fits together.
+
+    Raises:
+        ConfigError: Models, tokenizers, layers or the DeepSpeed file are missing or do not fit.
+    """
+    trust, revision = config.model.trust_remote_code, config.model.revision
+
+    def model_config(path: str) -> PretrainedConfig:
+        return load_model_config(path, trust_remote_code=trust, revision=revision)
+
+    def model_tokenizer(path: str) -> PreTrainedTokenizerBase:
+        return load_tokenizer(path, trust_remote_code=trust, revision=revision)
+
+    deepspeed_config, dtype = load_deepspeed_config(config)
+    student_config = model_config(config.model.student)
+    needs_teacher = DistillationObjective(config.objective).needs_teacher
+    teacher_config, pairs, notes = None, [], []
+    vocab_size = vocab_rows(student_config)
+    if needs_teacher:
+        assert config.model.teacher is not None
+        teacher_config = model_config(config.model.teacher)
+        if config.objective.approach == "distill_lens" and config.objective.lens.coeff > 0:
+            pairs = _layer_pairs(config, teacher_config, student_config)
+    tokenizer = model_tokenizer(config.model.student)
+    if teacher_config is not None:
+        assert config.model.teacher is not None
+        check_same_tokens(model_tokenizer(config.model.teacher), tokenizer)
+        vocab_size, note = shared_vocab_size(vocab_rows(teacher_config), vocab_size, len(tokenizer))
+        notes += [note] if note else []
+    teacher_dtype = config.model.teacher_dtype
+    return Plan(
+        config=config,
+        deepspeed=deepspeed_config,
+        dtype=dtype,
+        teacher_dtype=dtype if teacher_dtype == "auto" else DTYPES[teacher_dtype],
+        student_config=student_config,
+        teacher_config=teacher_config,
+        tokenizer=tokenizer,
+        pairs=pairs,
+        objective=DistillationObjective(config.objective, pairs),
+        vocab_size=vocab_size,
+        notes=notes,
+    )
+
+
+def _layer_pairs(
+    config: TrainConfig, teacher: PretrainedConfig, student: PretrainedConfig
+) -> list[LayerPair]:
+    lens = config.objective.lens
+    return build_layer_pairs(
+        num_blocks(teacher),
+        num_blocks(student),
+        teacher=lens.teacher_layers,
+        student=lens.student_layers,
+        rule=lens.rule,
+        count=lens.count,
+    )
+
+
+def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dtype]:
+    """Reads the DeepSpeed file, adds what the configuration decides, and settles the precision.
+
+    Raises:
+        ConfigError: The file is missing, not JSON, or in conflict with the configuration.
+    """
+    path = Path(config.deepspeed)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"deepspeed={path}: no such file", fix="see configs/deepspeed/ for what there is"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"deepspeed={path}: not JSON", why=str(error)) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed={path}: expected a JSON object, got {content!r:.60}")
+    if taken := [key for key in OURS_IN_DEEPSPEED if key in content]:
+        raise ConfigError(
+            f"deepspeed={path}: remove {', '.join(taken)}",
+            why="batch, accumulation, clipping and optimizer come from the optim section",
+        )
+    if content.get("fp16", {}).get("enabled", False):
+        raise ConfigError(f"deepspeed={path}: fp16 is not supported", fix="use a bf16 file")
+    bf16 = bool(content.get("bf16", {}).get("enabled", False))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    wanted = config.model.dtype
+    if wanted != "auto" and DTYPES[wanted] is not dtype:
+        raise ConfigError(
+            f"model.dtype={wanted}, but {path} has bf16 {'on' if bf16 else 'off'}",
+            fix=f"choose configs/deepspeed/*_{'bf16' if wanted == 'bfloat16' else 'fp32'}.json",
+        )
+    if bf16 and content.get("zero_optimization", {}).get("stage", 0) == 0:
+        raise ConfigError(
+            f"deepspeed={path}: bf16 needs ZeRO stage 1 or more",
+            why="stage 0 makes the first bf16 updates too small",
+            fix="--deepspeed configs/deepspeed/zero1_bf16.json, also with one process",
+        )
+    optim = config.optim
+    content |= {
+        "train_micro_batch_size_per_gpu": optim.micro_batch_size,
+        "gradient_accumulation_steps": optim.accumulation,
+        "gradient_clipping": optim.clip_grad,
+        "steps_per_print": 10**9,
+    }
+    return content, dtype
+
+
+def load_data(plan: Plan) -> PreparedData:
+    """Tokenises the records once, on the first process; the others wait and open the result.
+
+    Raises:
+        DataError: Broken records, none usable, or fewer than one global batch.
+    """
+    data = None
+    for turn in (True, False):
+        if distributed.is_main() == turn:
+            data = prepare_dataset(
+                data=plan.config.data,
+                dev_size=plan.config.eval.dev_size,
+                tokenizer=plan.tokenizer,
+                family=plan.student_config.model_type,
+                build=turn,
+            )
+        distributed.barrier()
+    assert data is not None
+    return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCount:
+    """How long a run is."""
+
+    records: int
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+def count_steps(config: TrainConfig, num_records: int, world_size: int) -> StepCount:
+    """Works out optimizer steps per epoch and in all; an epoch's last partial batch is left out.
+
+    Raises:
+        DataError: Fewer records than one global batch.
+    """
+    optim = config.optim
+    global_batch = optim.micro_batch_size * optim.accumulation * world_size
+    steps_per_epoch = num_records // global_batch
+    if steps_per_epoch == 0:
+        raise DataError(
+            f"{num_records} training records of {config.data.path} are fewer than one global batch "
+            f"of {global_batch}",
+            why=f"{optim.micro_batch_size} per process × {optim.accumulation} accumulated × "
+            f"{world_size} processes",
+            fix="lower --optim.micro_batch_size or --optim.accumulation",
+        )
+    return StepCount(
+        records=num_records,
+        global_batch=global_batch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=optim.max_steps or optim.epochs * steps_per_epoch,
+    )
+
+
+def build_module(
+    plan: Plan, device: torch.device, check_ids: Sequence[int]
+) -> tuple[DistillationModule, Teacher | None]:
+    """Loads teacher and student, proves both lenses, and joins student and objective.
+
+    Args:
+        plan: Of the run.
+        device: Where the models go.
+        check_ids: A few token ids for the lenses' self-check.
+
+    Raises:
+        ConfigError: Weights cannot be loaded, or a lens does not give its model's own logits.
+    """
+    model, norm = plan.config.model, plan.config.objective.lens.norm
+    check_ids_BT = torch.tensor([list(check_ids)], device=device)
+    teacher = None
+    if plan.objective.needs_teacher:
+        teacher_model: nn.Module = load_teacher(model, dtype=plan.teacher_dtype)
+        teacher_model.to(device)
+        teacher_lens = LogitLens(teacher_model, norm)
+        teacher_lens.self_check(check_ids_BT)
+        teacher = Teacher(teacher_lens, [pair.teacher for pair in plan.objective.pairs])
+    student = load_student(model, dtype=plan.dtype).to(device)
+    student_lens = LogitLens(student, norm)
+    student_lens.self_check(check_ids_BT)
+    module = DistillationModule(
+        student,
+        objective=plan.objective,
+        lens=student_lens,
+        teacher_unembedding=None if teacher is None else teacher.unembedding(),
+        vocab_size=plan.vocab_size,
+    )
+    return module, teacher
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Returns AdamW over the trainable parameters; norms and biases are not decayed."""
+    exempt = no_decay_parameters(module)
+    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for n, p in trainable if n not in exempt],
+            "weight_decay": config.optim.weight_decay,
+        },
+        {"params": [p for n, p in trainable if n in exempt], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.optim.lr,
+        fused=torch.cuda.is_available(),
+    )

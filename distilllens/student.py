@@ -1,0 +1,110 @@
+"""The two sides of a step: the student with its loss in one module, and the frozen teacher.
+
+Shapes: B batch, T tokens, N response rows, D student width, E teacher width, K terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distilllens.families import gather_rows, run_body
+from distilllens.fused import Unembedding, fused_linear_terms
+from distilllens.lens import LogitLens
+from distilllens.objective import DistillationObjective, Rows
+
+
+def lens_rows(lens: LogitLens, layers: list[int], input_ids_BT: Tensor, rows_N: Tensor) -> Rows:
+    """Runs a model's body and returns its response rows, ready for the head.
+
+    Args:
+        lens: Of the model.
+        layers: Blocks whose lens is wanted, counted from 1.
+        input_ids_BT: Token ids (int64), padded on the right.
+        rows_N: Positions in the flattened batch whose next token is a response token (int64).
+    """
+    final_BTD, captured = run_body(lens.parts, input_ids_BT, layers)
+    return Rows(
+        final=gather_rows(final_BTD, rows_N),
+        layers=[lens.normalize(gather_rows(captured[layer], rows_N)) for layer in layers],
+    )
+
+
+class Teacher:
+    """The frozen teacher: hands over hidden rows, never logits.
+
+    Args:
+        lens: Of the teacher's model, which is in evaluation mode and has no gradients.
+        layers: Blocks of the layer pairs, counted from 1.
+    """
+
+    def __init__(self, lens: LogitLens, layers: list[int]) -> None:
+        self.lens, self.layers = lens, layers
+
+    @torch.inference_mode()
+    def rows(self, input_ids_BT: Tensor, rows_N: Tensor) -> Rows:
+        """Returns the response rows [N, E] of the last and the paired blocks."""
+        return lens_rows(self.lens, self.layers, input_ids_BT, rows_N)
+
+    def unembedding(self) -> Unembedding:
+        """Returns the teacher's head."""
+        return self.lens.unembedding()
+
+
+class DistillationModule(nn.Module):
+    """Student and objective in one ``forward``, so that DDP and every ZeRO stage see all of it.
+
+    Args:
+        student: Hugging Face causal LM, with or without LoRA.
+        objective: Turns rows into the loss.
+        lens: Of the student.
+        teacher_unembedding: The teacher's head; None without a teacher. It is no parameter of this
+            module: the teacher is neither trained, sharded nor saved with the student.
+        vocab_size: Tokens that both heads share.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        objective: DistillationObjective,
+        lens: LogitLens,
+        teacher_unembedding: Unembedding | None,
+        vocab_size: int,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.lens = lens
+        self.teacher_unembedding = teacher_unembedding
+        self.vocab_size = vocab_size
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        rows_N: Tensor,
+        targets_N: Tensor,
+        teacher: Rows | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the loss of one micro-batch.
+
+        Args:
+            input_ids_BT: Token ids (int64), padded on the right.
+            rows_N: Positions in the flattened batch whose next token is a response token.
+            targets_N: Those next tokens.
+            teacher: The teacher's rows; None: cross entropy only (``sft``, and evaluation).
+            scale: Factor of the loss.
+
+        Returns:
+            ``loss``, float32 scalar: scale × weighted sum over the rows; and ``sums_K2``, float32,
+            detached: sums of cross entropy and divergence of the final layer and of each pair.
+        """
+        layers = [] if teacher is None else [pair.student for pair in self.objective.pairs]
+        student = lens_rows(self.lens, layers, input_ids_BT, rows_N)
+        return fused_linear_terms(
+            self.objective.terms(student, teacher, targets_N, scale),
+            student=self.lens.unembedding(),
+            teacher=None if teacher is None else self.teacher_unembedding,
+            vocab_size=self.vocab_size,
+        )

@@ -1,0 +1,189 @@
+"""Where a run's numbers go: metrics.jsonl always, the screen, and Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numerize.numerize import numerize
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+logger = logging.getLogger("distilllens")
+
+
+class Tracker:
+    """Writes metrics and speaks to the screen; on every process but the first it does nothing.
+
+    Args:
+        metrics_path: metrics.jsonl.
+        log_path: log.txt, a copy of what the screen showed.
+        active: Whether this is the process that writes.
+        total_steps: Optimizer steps of the run.
+        wandb_mode: disabled, offline or online.
+        wandb_settings: ``project``, ``name``, ``dir`` and ``config`` for Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        metrics_path: Path,
+        log_path: Path,
+        *,
+        active: bool,
+        total_steps: int,
+        wandb_mode: str = "disabled",
+        wandb_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.active, self.total_steps = active, total_steps
+        self.console = Console(quiet=not active)
+        if not active:
+            return
+        self._metrics = metrics_path.open("a", encoding="utf-8")
+        self._log = log_path.open("a", encoding="utf-8")
+        self._log_console = Console(file=self._log, width=120, force_terminal=False)
+        self._wandb = _start_wandb(wandb_mode, wandb_settings or {})
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._start = (time.monotonic(), 0)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.active:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            _guard_wandb(self._wandb.finish, exit_code=0 if error is None else 1)
+        self._metrics.close()
+        self._log.close()
+
+    def say(self, content: RenderableType) -> None:
+        """Shows a line or a table on the screen and in log.txt."""
+        if self.active:
+            console = self._progress.console if self._progress is not None else self.console
+            console.print(content, markup=False)  # a path may hold brackets
+            self._log_console.print(content, markup=False)
+            self._log.flush()
+
+    def start(self, step: int = 0) -> None:
+        """Starts the progress bar (on a terminal) and the clock of the ETA."""
+        if not self.active:
+            return
+        self._start = (time.monotonic(), step)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(
+                "train", total=self.total_steps, completed=step, numbers=""
+            )
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self.active and self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, metrics: Mapping[str, float], *, step: int, epoch: float) -> None:
+        """Writes one line of metrics.jsonl, and shows it.
+
+        NaN and infinities are written as such (``NaN``, ``Infinity``), never hidden.
+        """
+        if not self.active:
+            return
+        line = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **metrics}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._wandb is not None:
+            _guard_wandb(self._wandb.log, dict(metrics), step=step)
+        text = describe(metrics)
+        if self._progress is not None and "train/loss" in metrics:
+            self._progress.update(self._task, numbers=text)
+        elif self._progress is None:
+            self.console.print(self._plain_line(text, step), highlight=False, soft_wrap=True)
+        else:
+            self._progress.console.print(text, highlight=False)
+        self._log.write(self._plain_line(text, step) + "\n")
+        self._log.flush()
+
+    def _plain_line(self, text: str, step: int) -> str:
+        seconds, first_step = time.monotonic() - self._start[0], self._start[1]
+        done = step - first_step
+        left = seconds / done * (self.total_steps - step) if done > 0 else math.nan
+        eta = "" if math.isnan(left) else f"  left {_clock(left)}"
+        return f"step {step}/{self.total_steps}  {text}{eta}"
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """Returns the metrics that a reader watches, in one line."""
+    parts = [
+        f"{name.removeprefix('train/').removeprefix('eval/')} {metrics[name]:.4g}"
+        for name in metrics
+        if name.startswith(("train/loss", "eval/"))
+    ]
+    if "train/lr" in metrics:
+        parts.append(f"lr {metrics['train/lr']:.2e}")
+    if "perf/response_tokens_per_s" in metrics:
+        parts.append(f"{numerize(metrics['perf/response_tokens_per_s'])} response tokens/s")
+    if "perf/memory_gb" in metrics:
+        parts.append(f"{metrics['perf/memory_gb']:.2f} GB")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def _start_wandb(mode: str, settings: Mapping[str, Any]) -> Any:
+    """Starts Weights & Biases, or says once why not; None when off."""
+    if mode == "disabled":
+        return None
+    return _guard_wandb(_init_wandb, mode, settings)
+
+
+def _init_wandb(mode: str, settings: Mapping[str, Any]) -> Any:
+    import wandb  # takes a second, and only this choice needs it
+
+    return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=10), **settings)
+
+
+def _guard_wandb(call: Any, *arguments: Any, **options: Any) -> Any:
+    """Calls Weights & Biases; whatever goes wrong there is a warning here, never the run's end."""
+    try:
+        return call(*arguments, **options)
+    except Exception as error:
+        logger.warning(
+            "wandb: %s; training goes on",
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )
+        return None

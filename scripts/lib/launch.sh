@@ -1,0 +1,57 @@
+# shellcheck shell=bash
+# The one place that starts train.py and evaluate.py. Sourced by the scripts after their line gpus=.
+#   PROCESSES=2   so many processes on this machine, whatever gpus= says (without a GPU: gloo on the CPU)
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=HOST [MASTER_PORT=29500]   several machines; run the script on each
+# shellcheck source=scripts/lib/project.sh
+source "$(dirname "${BASH_SOURCE[0]}")/project.sh"
+# shellcheck source=scripts/lib/processes.sh
+source scripts/lib/processes.sh
+processes=$(count_processes "${gpus:-1}")
+
+launch_train() { launch "$(value_of --run.output_dir "$@")" train.py "$@"; }
+launch_evaluate() { launch "$(value_of --output_dir "$@")" evaluate.py "$@"; }
+
+launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the run's own exit code
+  local status="$1/status.json" begin child waiting=1 code=0
+  local command=(env "OMP_NUM_THREADS=$(count_threads "$processes")")
+  if [[ -n "${NNODES:-}" ]]; then
+    command+=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" --nproc_per_node "$processes"
+      --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}")
+  elif ((processes > 1)); then
+    command+=(torchrun --standalone --nproc_per_node "$processes") # on a free port
+  else
+    command+=(python)
+  fi
+  command+=("${@:2}")
+  if dry_run; then run "${command[@]}" && return; fi
+  if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' 2>/dev/null; then
+    echo "error: the Python packages are missing; bash scripts/setup.sh installs them into .venv" >&2
+    return 2
+  fi
+  begin=$(date +%s)
+  (trap - INT && exec "${command[@]}") & # in the background, so that a SIGTERM can be handed on
+  child=$!
+  trap 'waiting=1; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'waiting=1' INT # Ctrl-C reaches the child by itself
+  while ((waiting)); do # a signal ends `wait`, not the child
+    waiting=0
+    wait "$child" && code=0 || code=$?
+  done
+  trap - TERM INT
+  ((code == 0)) || code=$(python scripts/lib/own_code.py "$status" "$begin" "$code")
+  return "$code"
+}
+
+value_of() { # FLAG ARGUMENT…: the last value given for FLAG
+  local flag="$1" value=""
+  while shift && (($#)); do
+    [[ "$1" != "$flag" ]] || value="${2:-}"
+    [[ "$1" != "$flag="* ]] || value="${1#*=}"
+  done
+  echo "$value"
+}
+
+is_finished() { # FOLDER: a run stands there that came to its end; says so
+  grep -qs '"state": *"finished"' "$1/status.json" || return
+  echo "$1 is finished and left alone; delete it to train it again." >&2
+}

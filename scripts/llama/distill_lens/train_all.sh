@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# DistillLens: checkpoints/SFT-Llama-7B teaches TinyLlama-1.1B
+# by its final distributions and by the lenses of paired layers.
+#   bash scripts/llama/distill_lens/train_all.sh [--section.key value …]     DRY_RUN=1: only print the commands
+set -euo pipefail
+
+types="${TYPES:-rkl}"                                # one run each: fkl rkl fkl+rkl jsd akl
+gpus="${GPUS:-4}"                                    # of this machine; fewer are used if fewer are there
+seeds="${SEEDS:-10}"                                 # training seeds, one run each: "10 20 30"
+CKPT_NAME="${CKPT_NAME:-TinyLlama-1.1B}"             # the student, a folder under checkpoints/
+
+approach="distill_lens"
+configs=(base models/tinyllama "objectives/$approach" "paper/tinyllama-$approach")
+# shellcheck source=scripts/lib/train_all.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../lib/train_all.sh"
+train_all "$@"

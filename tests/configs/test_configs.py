@@ -1,0 +1,94 @@
+"""Every file under configs/ loads in the layering that its folder stands for."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distilllens.config import load_config, load_evaluate_config
+from distilllens.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+
+
+def names(folder: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+
+
+def flags(*layers: str) -> list[str]:
+    return [part for layer in layers for part in ("--config", f"configs/{layer}.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(("pair", "objective"), [*product(names("models"), names("objectives"))])
+def test_every_pair_goes_with_every_objective(pair: str, objective: str) -> None:
+    config = load_config(flags("base", f"models/{pair}", f"objectives/{objective}"))
+    assert config.objective.approach == objective
+    assert config.model.teacher
+    assert Path(config.deepspeed).is_file()
+    lens = config.objective.lens
+    if lens.teacher_layers is not None and lens.student_layers is not None:
+        assert len(lens.teacher_layers) == len(lens.student_layers)
+
+
+@pytest.mark.parametrize("stage", names("quickstart"))
+def test_quickstart_stage_loads(stage: str) -> None:
+    layers = flags("base", "models/skills", "objectives/distill_lens", f"quickstart/{stage}")
+    config = load_config(layers)
+    assert config.optim.max_steps is not None
+    assert config.data.path == "data/skills"
+
+
+@pytest.mark.parametrize("protocol", names("eval"))
+def test_evaluation_protocol_loads(protocol: str) -> None:
+    config = load_evaluate_config(flags(f"eval/{protocol}"))
+    assert config.sets
+    # Sampled as in the paper, so that quick looks and full runs differ in size only.
+    sampling = config.eval
+    assert (sampling.do_sample, sampling.temperature, sampling.top_k) == (True, 1.0, 0)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "deepspeed").iterdir()), ids=lambda p: p.name)
+def test_deepspeed_file_holds_stage_and_precision_only(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    stage, precision = path.stem.split("_")
+    assert content == {
+        "zero_optimization": {"stage": int(stage.removeprefix("zero"))},
+        "bf16": {"enabled": precision == "bf16"},
+    }
+
+
+def test_no_bf16_without_zero() -> None:
+    """Stage 0 in bf16 makes the first updates too small."""
+    assert not (CONFIGS / "deepspeed" / "zero0_bf16.json").exists()
+
+
+def test_every_file_is_covered_by_a_test() -> None:
+    tested = {"models", "objectives", "quickstart", "eval", "deepspeed", "paper"}
+    assert {path.name for path in CONFIGS.iterdir()} == tested | {"base.yaml"}
+
+
+def test_later_layers_win_and_lists_are_replaced(tmp_path: Path) -> None:
+    layer = tmp_path / "mine.yaml"
+    layer.write_text(yaml.safe_dump({"objective": {"lens": {"student_layers": [1, 2]}}}))
+    base = flags("base", "models/gpt2-base", "objectives/distill_lens")
+    config = load_config([*base, "--config", str(layer), "--objective.lens.coeff", "0.5"])
+    assert config.objective.lens.student_layers == [1, 2]
+    assert config.objective.lens.teacher_layers == [8, 16, 24, 32, 40]
+    assert config.objective.lens.coeff == 0.5
+
+
+def test_a_misspelt_key_of_a_layer_is_refused(tmp_path: Path) -> None:
+    layer = tmp_path / "mine.yaml"
+    layer.write_text("optim: {learning_rate: 1}\nobjectiv: {kd_ratio: 1}\n")
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate.*objectiv"):
+        load_config([*flags("base"), "--config", str(layer)])

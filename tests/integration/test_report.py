@@ -1,0 +1,304 @@
+"""The report command on fabricated run and evaluation folders, with real tiny models inside."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from distilllens.errors import ConfigError, DataError, StorageError
+from distilllens.report.command import evaluation_folder, report_main
+
+ATTACK = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=run()>"
+
+
+class Checkout:
+    """A fabricated results tree: two students of one teacher, with scores of three methods."""
+
+    def __init__(
+        self,
+        root: Path,
+        tiny_gpt2: Callable[..., GPT2LMHeadModel],
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> None:
+        self.root = root
+        self.data = root / "data/toy/valid.jsonl"
+        for name, layers, seed in (("teacher", 4, 1), ("student", 2, 2)):
+            tiny_gpt2(n_layer=layers, seed=seed).save_pretrained(root / "checkpoints" / name)
+            tokenizer.save_pretrained(root / "checkpoints" / name)
+        self.data.parent.mkdir(parents=True)
+        rows = [
+            {"instruction": "Sort: b a", "input": "", "output": "a b"},
+            {"instruction": "Say yes.", "input": "", "output": ["yes", "Yes."]},
+            {"instruction": "Say nothing.", "input": "", "output": " "},
+        ]
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.lens_run = self.write_run("distill_lens/fkl", seed=3, teacher=True)
+        self.sft_run = self.write_run("sft/sft", seed=4, teacher=False)
+        for model in (self.lens_run, self.sft_run):
+            tiny_gpt2(n_layer=2, seed=5).save_pretrained(model / "best")
+            tokenizer.save_pretrained(model / "best")
+        for name in ("distill_lens/fkl", "sft/sft"):
+            for seed, value in ((10, 20.0), (20, 24.0)):
+                self.write_scores(name, seed=seed, rouge=value)
+
+    def write_run(self, name: str, *, seed: int, teacher: bool) -> Path:
+        run = self.root / "results/train/toy" / name
+        run.mkdir(parents=True)
+        checkpoints = self.root / "checkpoints"
+        approach = name.split("/")[0]
+        teacher_line = f"  teacher: {checkpoints / 'teacher'}\n" if teacher else ""
+        (run / "config.yaml").write_text(
+            f"run:\n  output_dir: {run}\n  seed: {seed}\n"
+            f"model:\n  student: {checkpoints / 'student'}\n{teacher_line}"
+            f"data:\n  path: {self.data.parent}\n  max_length: 120\n  max_prompt_length: 100\n"
+            f"objective:\n  approach: {approach}\n  divergence: fkl\n  kd_ratio: {float(teacher)}\n"
+        )
+        lines: list[dict[str, float]] = []
+        for step in range(1, 101):
+            line = {"step": step, "train/loss": 3 / step, "train/loss/ce": 3.0, "train/lr": 1e-4}
+            if approach == "distill_lens":
+                line |= {"train/loss/lens": 0.3, "train/lens/jsd/L01": 0.25}
+            lines.append(line)
+        lines.append({"step": 50, "eval/dev/loss": 2.5})
+        lines.append({"step": 100, "eval/dev/loss": 2.75})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / "metrics.jsonl").write_text(text + '{"step": 101, "train/lo')
+        (run / "environment.json").write_text(json.dumps({"git_commit": "c0ffee" * 6 + "abcd"}))
+        (run / "data.json").write_text(
+            json.dumps({"fingerprint": "f00d" * 16, "counts": {"train": {"used": 1234}}})
+        )
+        (run / "status.json").write_text(json.dumps({"state": "finished"}))
+        if teacher:
+            (run / "layers.json").write_text(json.dumps([{"teacher": 2, "student": 1}]))
+        return run
+
+    def write_scores(self, name: str, *, seed: int, rouge: float) -> None:
+        template = "Preamble.\n\n### Instruction:\nTask {}\n\n### Response:\n"
+        cell = self.root / "results/eval_main/toy" / name / f"seed{seed}/toy"
+        cell.mkdir(parents=True)
+        config = {"max_prompt_length": 100, "eval": {"temperature": 1.0}}
+        result = {
+            "metrics": {"rougeL": rouge, "exact_match": 1.0, "num": 12},
+            "set": "toy",
+            "seed": seed,
+            "name": name,
+            "config": config,
+        }
+        (cell / "results.json").write_text(json.dumps(result))
+        samples = [
+            {
+                "index": index,
+                "prompt": template.format(f"{index} {ATTACK}"),
+                "references": [f"reference {index} {ATTACK}"],
+                "answer": f"answer of {name} to {index} {ATTACK}",
+                "num_tokens": 3,
+                "truncated": index == 1,
+                "rougeL": 0.5,
+                "exact_match": False,
+            }
+            for index in range(12)
+        ]
+        text = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (cell / "samples.jsonl").write_text(text)
+
+
+@pytest.fixture
+def checkout(
+    tmp_path: Path,
+    tiny_gpt2: Callable[..., GPT2LMHeadModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Checkout:
+    return Checkout(tmp_path, tiny_gpt2, tiny_tokenizer)
+
+
+class PageReader(HTMLParser):
+    """Collects what a browser would do with the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.handlers: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "srcset", "href", "data", "action", "poster"):
+                self.sources.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_page(path: Path) -> PageReader:
+    reader = PageReader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    return reader
+
+
+def test_whole_report(checkout: Checkout, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_main([str(checkout.sft_run), str(checkout.lens_run), "--lens"]) == 0
+    out = checkout.root / "results/train/toy/report"
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == str(out / "report.html")
+    assert "22.00 ± 2.83" in printed  # of 20 and 24
+    assert "2.5000 at step 50" in printed
+    # Markdown and CSV.
+    assert "| sft/sft | 2 | 22.00 ± 2.83 |" in (out / "scores.md").read_text()
+    cells = list(csv.DictReader((out / "scores.csv").open()))
+    rouge = {row["method"]: row for row in cells if row["metric"] == "rougeL"}
+    assert list(rouge) == ["sft/sft", "distill_lens/fkl"]  # the order of the runs
+    assert float(rouge["sft/sft"]["sd"]) == pytest.approx(math.sqrt(8))
+    # Figures on disk.
+    names = {path.stem for path in out.glob("*.png")}
+    assert names >= {"curve_train_loss", "curve_eval_dev_loss", "lens_layers_2", "scores_rougeL"}
+    assert names >= {f"lens_map_{n}_{m}" for n in (1, 2) for m in ("before", "after", "entropy")}
+    assert not list(out.glob(".*"))
+    # The page.
+    page = read_page(out / "report.html")
+    assert "mean over the 1 framed cells" in page.text
+    assert "the run was trained without it" in page.text  # sft borrows the teacher
+    assert "f00df00df00d" in page.text and "c0ffeec0ffee" in page.text
+    assert "train: 1,234 used" in page.text
+
+
+def test_model_text_is_escaped_and_nothing_is_fetched(checkout: Checkout) -> None:
+    report_main([str(checkout.lens_run), "--no_lens"])
+    path = checkout.root / "results/train/toy/distill_lens/report/report.html"
+    page = read_page(path)
+    assert "script" not in page.tags
+    assert page.handlers == []
+    outside = [url for url in page.sources if not url.startswith(("data:image/png;base64,", "#"))]
+    assert outside == []
+    content = path.read_text()
+    assert "url(" not in content and "@import" not in content
+    assert "&lt;script&gt;alert(" in content
+    # Readers still see the text as the model wrote it, for the first ten prompts.
+    assert f"answer of distill_lens/fkl to 9 {ATTACK}" in page.text
+    assert f"reference 0 {ATTACK}" in page.text
+    assert "to 10 " not in page.text and "Preamble" not in page.text
+    assert "cut at the limit" in page.text
+
+
+def test_pictures_are_whole(checkout: Checkout) -> None:
+    report_main([str(checkout.lens_run), "--no_lens"])
+    path = checkout.root / "results/train/toy/distill_lens/report/report.html"
+    images = [url for url in read_page(path).sources if url.startswith("data:")]
+    assert len(images) >= 8
+    for url in images:
+        Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).verify()
+
+
+def test_lens_map_numbers_on_disk(checkout: Checkout) -> None:
+    out = checkout.root / "out"
+    report_main([str(checkout.lens_run), "--lens", "--data", str(checkout.data), "--out", str(out)])
+    rows = list(csv.DictReader((out / "lens_map_1.csv").open()))
+    assert [(row["student_layer"], row["teacher_layer"]) for row in rows] == [
+        (str(s), str(t)) for s in (1, 2) for t in (1, 2, 3, 4)
+    ]
+    before = np.array([float(row["jsd_before_nats"]) for row in rows])
+    after = np.array([float(row["jsd_after_nats"]) for row in rows])
+    assert (before > 0).all() and (before <= math.log(2)).all()
+    assert not np.allclose(before, after, atol=1e-7)
+    entropies = list(csv.DictReader((out / "lens_map_1_entropy.csv").open()))
+    assert [row["model"] for row in entropies].count("teacher") == 4
+    page = read_page(out / "report.html")
+    # The third record has no answer.
+    assert "of the first 2 usable records" in page.text
+
+
+def test_report_without_lens_loads_no_model(checkout: Checkout) -> None:
+    (checkout.lens_run / "best/model.safetensors").unlink()
+    report_main([str(checkout.lens_run), "--no_lens"])
+    with pytest.raises(ConfigError, match="best"):
+        report_main([str(checkout.lens_run), "--lens"])
+
+
+def test_maps_that_cannot_be_drawn_are_told(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report_main([str(checkout.sft_run)]) == 0
+    told = "sft: no lens map: the run has no teacher to compare with"
+    assert told in capsys.readouterr().out
+    page = read_page(checkout.root / "results/train/toy/sft/report/report.html")
+    assert told in page.text and "None was drawn" in page.text
+
+
+def test_explicit_evaluations_come_in_their_order(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = checkout.root / "results/eval_main/toy"
+    folders = [str(results / "sft"), str(results / "distill_lens")]
+    out = ["--out", str(checkout.root / "out"), "--no_lens"]
+    report_main([str(checkout.lens_run), "--eval", *folders, *out])
+    text = (checkout.root / "out/scores.md").read_text()
+    assert text.index("sft/sft") < text.index("distill_lens/fkl")
+    report_main([str(checkout.lens_run), "--eval", *reversed(folders), *out])
+    text = (checkout.root / "out/scores.md").read_text()
+    assert text.index("distill_lens/fkl") < text.index("sft/sft")
+
+
+def test_run_without_scores_or_metrics_still_reports(checkout: Checkout) -> None:
+    run = checkout.write_run("kd/fkl", seed=1, teacher=True)
+    (run / "metrics.jsonl").unlink()
+    report_main([str(run), "--no_lens"])
+    page = read_page(run.parent / "report/report.html")
+    assert "kd/fkl: no scores, nothing at" in page.text
+    assert "Training curves" not in page.text
+
+
+def test_wrong_input_is_named(checkout: Checkout, tmp_path: Path) -> None:
+    run = str(checkout.lens_run)
+    with pytest.raises(ConfigError, match="nowhere: no such run folder"):
+        report_main([str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match=r"has no config\.yaml"):
+        report_main([str(tmp_path)])
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        report_main([run, "--eval", str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match=r"no results\.json below"):
+        report_main([run, "--eval", str(checkout.data.parent)])
+    with pytest.raises(ConfigError, match="--data"):
+        report_main([run, "--data", str(tmp_path / "nowhere.jsonl")])
+    with pytest.raises(ConfigError, match="--prompts 0"):
+        report_main([run, "--prompts", "0"])
+    with pytest.raises(ConfigError, match="--bogus"):
+        report_main([run, "--bogus"])
+    with pytest.raises(ConfigError, match="--device"):
+        report_main([run, "--device", "nonsense"])
+    with pytest.raises(StorageError, match="cannot write"):
+        report_main([run, "--no_lens", "--out", str(checkout.data / "below-a-file")])
+
+
+def test_broken_metrics_line_is_named(checkout: Checkout) -> None:
+    with (checkout.lens_run / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:103: invalid JSON at column"):
+        report_main([str(checkout.lens_run)])
+
+
+def test_broken_sample_is_named(checkout: Checkout) -> None:
+    cell = checkout.root / "results/eval_main/toy/distill_lens/fkl/seed10/toy"
+    with (cell / "samples.jsonl").open("a") as file:
+        file.write('{"index": 12}\n')
+    with pytest.raises(DataError, match=r"samples\.jsonl:13: .*references"):
+        report_main([str(checkout.lens_run), "--no_lens"])
+
+
+def test_evaluations_are_looked_for_where_evaluate_puts_them() -> None:
+    found = evaluation_folder(Path("/a/train/results/train/gpt2/kd/rkl"))
+    assert found == Path("/a/train/results/eval_main/gpt2/kd/rkl")
+    assert evaluation_folder(Path("/somewhere/else")) is None

@@ -1,0 +1,114 @@
+"""The gradient is the mean over the response tokens of the global batch, however it is cut.
+
+The oracle is a plain float64 computation with the models' full logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PROJECT, Workspace
+from datasets import load_from_disk
+from gradient_worker import one_step_gradients
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
+
+from distilllens.data.order import epoch_batches
+from distilllens.data.tokenize import record_lengths
+
+WORKER = Path(__file__).with_name("gradient_worker.py")
+TOLERANCE = 2e-6
+WEIGHTS = (
+    *("--objective.kd_ratio", "0.7", "--objective.lens.coeff", "1.5", "--objective.divergence"),
+    *("rkl", "--optim.clip_grad", "0"),
+)
+
+
+def expected_gradients(workspace: Workspace) -> dict[str, torch.Tensor]:
+    """0.3 CE + 0.7 (KL(q‖p) + 1.5 · mean of two JSDs), averaged over all tokens of the batch."""
+    train = load_from_disk(str(workspace.root / "tokens" / "train"))
+    order = {"batch_size": 8, "seed": 10, "epoch": 0, "group_by_length": False}
+    indices = epoch_batches(record_lengths(train), **order)[0].tolist()
+    student = GPT2LMHeadModel.from_pretrained(workspace.root / "student").double().eval()
+    teacher = GPT2LMHeadModel.from_pretrained(workspace.root / "teacher").double().eval()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for index in indices:
+        prompt, response = train[index]["prompt_ids"], train[index]["response_ids"]
+        ids = torch.tensor([prompt + response])
+        rows = slice(len(prompt) - 1, ids.shape[1] - 1)
+        s, t = (m(ids, output_hidden_states=True) for m in (student, teacher))
+        log_q = s.logits[0, rows].log_softmax(-1)
+        log_p = t.logits[0, rows].log_softmax(-1).detach()
+        ce = F.nll_loss(log_q, ids[0, len(prompt) :], reduction="sum")
+        kd = F.kl_div(log_p, log_q, log_target=True, reduction="sum")
+        lens = torch.zeros((), dtype=torch.float64)
+        for teacher_layer, student_layer in ((2, 1), (4, 2)):
+            q = _lens(student, s.hidden_states[student_layer][0, rows])
+            p = _lens(teacher, t.hidden_states[teacher_layer][0, rows]).detach()
+            m = ((p + q) / 2).log()
+            lens = lens + (p * (p.log() - m) + q * (q.log() - m)).sum() / 2
+        total = total + 0.3 * ce + 0.7 * (kd + 1.5 * lens / 2)
+        tokens += len(response)
+    (total / tokens).backward()
+    return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def _lens(model: GPT2LMHeadModel, hidden: torch.Tensor) -> torch.Tensor:
+    return model.lm_head(model.transformer.ln_f(hidden)).softmax(-1)
+
+
+def job(
+    workspace: Workspace, micro_batch: int, accumulation: int, stage: int
+) -> tuple[str, list[str]]:
+    """Returns the file for the gradients of a case, and its command line."""
+    name = f"stage{stage}-{micro_batch}x{accumulation}"
+    cut = ("--optim.micro_batch_size", str(micro_batch), "--optim.accumulation", str(accumulation))
+    flags = workspace.flags(*WEIGHTS, *cut, "--deepspeed", workspace.deepspeed(stage), out=name)
+    return str(workspace.root / f"{name}.safetensors"), flags
+
+
+def worst(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert actual.keys() == expected.keys()
+    return max(
+        ((actual[n].double() - expected[n]).norm() / expected[n].norm()).item() for n in expected
+    )
+
+
+def one_process(workspace: Workspace, *cut: int) -> dict[str, torch.Tensor]:
+    return one_step_gradients(job(workspace, *cut)[1])
+
+
+@pytest.mark.parametrize("cut", [(8, 1, 0), (4, 2, 1), (2, 4, 0), (1, 8, 2)])
+def test_one_process_however_accumulated(workspace: Workspace, cut: tuple[int, int, int]) -> None:
+    actual = one_process(workspace, *cut)
+    assert worst(actual, expected_gradients(workspace)) < TOLERANCE
+
+
+def test_the_check_can_fail(workspace: Workspace) -> None:
+    actual = one_process(workspace, 4, 1, 0)  # half the global batch
+    assert worst(actual, expected_gradients(workspace)) > 100 * TOLERANCE
+
+
+def test_two_processes(workspace: Workspace) -> None:
+    jobs = [job(workspace, *cut) for cut in ((4, 1, 0), (2, 2, 1), (1, 4, 2), (2, 2, 3))]
+    list_file = workspace.root / "jobs.json"
+    list_file.write_text(json.dumps(jobs))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, str(WORKER), str(list_file)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = expected_gradients(workspace)
+    for out, _ in jobs:
+        assert worst(load_file(out), expected) < TOLERANCE, out

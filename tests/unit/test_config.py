@@ -1,0 +1,337 @@
+"""Layers of YAML and flags become one validated configuration, and wrong ones are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distilllens.config import (
+    EvalConfig,
+    EvaluateConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    build_parser,
+    dump_config,
+    load_config,
+    load_evaluate_config,
+    parse_wall_time,
+)
+from distilllens.errors import ConfigError
+
+TEACHER = ("--model.teacher", "t")
+
+
+def layer(folder: Path, name: str, content: str) -> str:
+    """Writes a YAML file and returns its path."""
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def refusal(*flags: str) -> str:
+    """Returns what a configuration is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config([*TEACHER, *flags])
+    assert caught.value.exit_code == 2
+    return caught.value.what
+
+
+# --- Layers -------------------------------------------------------------------------------------
+
+
+def test_later_layers_win_and_leave_the_rest(tmp_path: Path) -> None:
+    first = layer(
+        tmp_path, "1.yaml", "optim: {lr: 1, epochs: 3, warmup: 5}\nobjective: {lens: {count: 2}}"
+    )
+    second = layer(
+        tmp_path, "2.yaml", "optim: {lr: 2, epochs: 4}\nobjective: {lens: {coeff: 0.25}}"
+    )
+    config = load_config(
+        [*TEACHER, "--config", first, f"--config={second}", "--optim.lr", "3", "--optim.lr=4"]
+    )
+    assert (config.optim.lr, config.optim.epochs, config.optim.warmup) == (4.0, 4, 5.0)
+    assert (config.objective.lens.count, config.objective.lens.coeff) == (2, 0.25)
+    assert config.optim.lr_min == OptimConfig().lr_min
+    swapped = load_config([*TEACHER, "--config", second, "--config", first])
+    assert (swapped.optim.lr, swapped.optim.epochs) == (1.0, 3)
+    assert swapped.objective.lens.coeff == 0.25
+
+
+def test_lists_are_replaced_not_joined(tmp_path: Path) -> None:
+    first = layer(tmp_path, "1.yaml", "eval: {seeds: [1, 2, 3]}")
+    second = layer(tmp_path, "2.yaml", "eval: {seeds: [4]}")
+    assert load_config([*TEACHER, "--config", first, "--config", second]).eval.seeds == [4]
+    assert load_config([*TEACHER, "--config", first, "--eval.seeds", "[7, 8]"]).eval.seeds == [7, 8]
+
+
+def test_an_optional_section_is_built_from_yaml_and_flags(tmp_path: Path) -> None:
+    assert load_config(list(TEACHER)).model.student_lora is None
+    file = layer(tmp_path, "lora.yaml", "model: {student_lora: {r: 4, alpha: 16}}")
+    config = load_config([*TEACHER, "--config", file, "--model.student_lora.dropout", "0.5"])
+    assert config.model.student_lora == LoraConfig(r=4, alpha=16.0, dropout=0.5)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-04", "0.0001", "+1e-4"])
+def test_scientific_notation(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 reads 1e-4 as a string; a learning rate must still be a number."""
+    file = layer(tmp_path, "lr.yaml", f"optim: {{lr: {text}}}")
+    assert load_config([*TEACHER, "--config", file]).optim.lr == 1e-4
+    assert load_config([*TEACHER, "--optim.lr", text]).optim.lr == 1e-4
+
+
+def test_bare_switches() -> None:
+    config = load_config([*TEACHER, "--dry_run", "--debug"])
+    assert config.dry_run and config.debug
+    config = load_config([*TEACHER, "--dry_run", "false", "--debug=false"])
+    assert not config.dry_run and not config.debug
+    config = load_config([*TEACHER, "--dry_run", "--optim.epochs", "2"])
+    assert config.dry_run and config.optim.epochs == 2
+    assert load_config([*TEACHER, "--dry_run", "True"]).dry_run
+    assert load_evaluate_config(["--overwrite", "--limit", "3"]).overwrite
+
+
+def test_sft_needs_no_teacher() -> None:
+    assert load_config(["--objective.approach", "sft"]).model.teacher is None
+    assert load_config(["--objective.kd_ratio", "0"]).model.teacher is None
+    with pytest.raises(ConfigError, match=r"model.teacher is needed by objective.approach=kd"):
+        load_config(["--objective.approach", "kd"])
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+
+def test_unknown_keys_are_named_all_at_once_with_a_guess(tmp_path: Path) -> None:
+    file = layer(tmp_path, "typo.yaml", "optim: {wamup: 3}\nlens: {coeff: 1}\nzzzz: 1")
+    told = refusal("--config", file, "--optim.lr_mni", "1", "--qqqq", "2")
+    assert told.startswith("5 problems: ")
+    assert f"{file}: unknown key optim.wamup (did you mean optim.warmup?)" in told
+    assert f"{file}: unknown key lens.coeff (did you mean objective.lens.coeff?)" in told
+    assert "unknown flag --optim.lr_mni (did you mean optim.lr_min?)" in told
+    assert f"{file}: unknown key zzzz;" in told and told.endswith("unknown flag --qqqq")
+
+
+def test_flags_are_not_abbreviated() -> None:
+    assert "unknown flag --optim.epoch (did you mean optim.epochs?)" in refusal("--optim.epoch=3")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", "fast"),
+        ("optim.lr", "nan"),
+        ("optim.epochs", "2.5"),
+        ("optim.epochs", "true"),
+        ("eval.seeds", "[1, a]"),
+        ("eval.seeds", "7"),
+        ("objective.lens.teacher_layers", "[1.5]"),
+        ("objective.lens.norm", "fnal"),
+        ("objective.divergence", "kl"),
+        ("objective.approach", "seqkd"),
+        ("model.gradient_checkpointing", "maybe"),
+        ("tracking.wandb", "on"),
+    ],
+)
+def test_wrong_types_and_choices(tmp_path: Path, key: str, value: str) -> None:
+    told = refusal(f"--{key}", value)
+    assert key in told and "\n" not in told
+    content: Any = yaml.safe_load(value)
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    told = refusal("--config", layer(tmp_path, "wrong.yaml", yaml.safe_dump(content)))
+    assert key in told
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--optim.lr",), ("stray",), ("-x",), ("--config",), ("--optim", "3")],
+    ids=lambda flags: " ".join(flags),
+)
+def test_broken_command_lines(flags: tuple[str, ...]) -> None:
+    assert "\n" not in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--run.seed -1", "run.seed=-1 must be ≥ 0"),
+        ("--data.max_prompt_length 512", "data.max_prompt_length=512 must be in [1, data.max_len"),
+        ("--data.train_size 0", "data.train_size=0 must be ≥ 1"),
+        ("--objective.kd_ratio 1.1", "objective.kd_ratio=1.1 must be in [0, 1]"),
+        ("--objective.temperature 0", "objective.temperature=0.0 must be > 0"),
+        ("--objective.beta 1", "objective.beta=1.0 must be in (0, 1)"),
+        ("--objective.mu 0", "objective.mu=0.0 must be in (0, 1)"),
+        ("--objective.alpha 1", "objective.alpha=1.0 must be in (0, 1)"),
+        ("--objective.rkl_coeff -1", "objective.fkl_coeff and rkl_coeff must be ≥ 0"),
+        ("--objective.lens.coeff -0.1", "objective.lens.coeff=-0.1 must be ≥ 0"),
+        ("--objective.lens.beta 0", "objective.lens.beta=0.0 must be in (0, 1)"),
+        ("--objective.lens.count 0", "objective.lens.count=0 must be ≥ 1"),
+        ("--objective.lens.teacher_layers [1]", "must be given together"),
+        ("--optim.lr 0", "optim.lr=0.0 must be > 0"),
+        ("--optim.lr_min 1", "optim.lr_min=1.0 must be in [0, optim.lr=0.0002]"),
+        ("--optim.warmup -1", "optim.warmup=-1.0 must be ≥ 0"),
+        ("--optim.weight_decay -1", "optim.weight_decay=-1.0 must be ≥ 0"),
+        ("--optim.clip_grad -1", "optim.clip_grad=-1.0 must be ≥ 0"),
+        ("--optim.epochs 0", "optim.epochs=0 must be ≥ 1"),
+        ("--optim.max_steps 0", "optim.max_steps=0 must be ≥ 1"),
+        ("--optim.micro_batch_size 0", "optim.micro_batch_size=0 must be ≥ 1"),
+        ("--optim.accumulation 0", "optim.accumulation=0 must be ≥ 1"),
+        ("--tracking.log_every 0", "tracking.log_every=0 must be ≥ 1"),
+        ("--eval.every 0", "eval.every=0 must be ≥ 1"),
+        ("--eval.dev_size -1", "eval.dev_size=-1 must be ≥ 0"),
+        ("--eval.batch_size 0", "eval.batch_size=0 must be ≥ 1"),
+        ("--eval.seeds []", "eval.seeds must not be empty"),
+        ("--eval.temperature 0", "eval.temperature=0.0 must be > 0"),
+        ("--eval.top_p 0", "eval.top_p=0.0 must be in (0, 1]"),
+        ("--eval.top_k -1", "eval.top_k=-1 must be ≥ 0"),
+        ("--eval.no_repeat_ngram_size -1", "eval.no_repeat_ngram_size=-1 must be ≥ 0"),
+        ("--eval.max_new_tokens 0", "eval.max_new_tokens=0 must be ≥ 1"),
+        ("--model.student_lora.r 0", "needs r ≥ 1 and dropout in [0, 1)"),
+        ("--model.student_lora.dropout 1", "needs r ≥ 1 and dropout in [0, 1)"),
+        ("--model.trust_remote_code true", "model.trust_remote_code needs model.revision"),
+        ("--run.max_wall_time 90", "run.max_wall_time='90' is not HH:MM:SS"),
+    ],
+)
+def test_ranges(flags: str, told: str) -> None:
+    assert told in refusal(*flags.split())
+
+
+def test_all_values_out_of_range_are_told_at_once() -> None:
+    told = refusal("--optim.lr", "-1", "--eval.top_p", "2", "--data.train_size", "0")
+    assert told.startswith("4 problems: ")  # lr_min does not fit into [0, −1] either
+    for name in ("optim.lr=-1.0", "eval.top_p=2.0", "data.train_size=0"):
+        assert name in told
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    told = refusal("--config", str(missing), f"--config={tmp_path}")
+    assert told.startswith("2 problems") and f"--config {missing}: no such file" in told
+    assert "not YAML" in refusal("--config", layer(tmp_path, "a.yaml", "a: b: c"))
+    assert "expected a mapping of sections" in refusal(
+        "--config", layer(tmp_path, "b.yaml", "[1, 2]")
+    )
+    assert "expected a mapping of sections" in refusal("--config", layer(tmp_path, "c.yaml", ""))
+    (tmp_path / "d.yaml").write_bytes(b"run: {name: \xff\xfe}")
+    assert "not YAML" in refusal("--config", str(tmp_path / "d.yaml"))
+
+
+def test_evaluation_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"eval\.top_p=0\.0"):
+        load_evaluate_config(["--eval.top_p", "0"])
+    with pytest.raises(ConfigError, match=r"unknown flag --sers \(did you mean"):
+        load_evaluate_config(["--sers", "[dolly]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0:00:00", 0), ("01:02:03", 3723), ("100:00:01", 360_001)]
+)
+def test_wall_time(text: str, seconds: float) -> None:
+    assert parse_wall_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["1:00", "1:60:00", "1:00:60", "-1:00:00", "1:00:00 ", "x"])
+def test_wall_times_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not HH:MM:SS"):
+        parse_wall_time(text)
+
+
+# --- There and back -----------------------------------------------------------------------------
+
+# Texts that YAML could take for something else; "null" alone stands for None by intention.
+texts = st.sampled_from(
+    ["x", "10", "1e-4", "yes", "1:30:00", "ä # b", "a: b", "[1]", "~x", "it's", " "]
+)
+shares = st.floats(0.01, 0.99)
+configs = st.builds(
+    TrainConfig,
+    run=st.builds(RunConfig, name=st.none() | texts, output_dir=texts, seed=st.integers(0, 2**40)),
+    objective=st.builds(
+        ObjectiveConfig,
+        approach=st.just("sft"),
+        divergence=st.sampled_from(["fkl", "fkl+rkl", "skew_rkl"]),
+        kd_ratio=st.floats(0, 1),
+        alpha=shares,
+        temperature=st.floats(1e-6, 1e6),
+    ),
+    optim=st.builds(
+        OptimConfig,
+        lr=st.floats(1e-6, 10),
+        warmup=st.floats(0, 1e5),
+        epochs=st.integers(1, 10**6),
+        max_steps=st.none() | st.integers(1, 10**9),
+    ),
+    eval=st.builds(EvalConfig, seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=4)),
+    deepspeed=texts,
+    dry_run=st.booleans(),
+)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(config=configs)
+def test_a_dumped_configuration_loads_as_the_same(tmp_path: Path, config: TrainConfig) -> None:
+    file = layer(tmp_path, "dumped.yaml", dump_config(config))
+    assert load_config(["--config", file]) == config
+
+
+def test_the_resolved_lists_and_adapters_come_back(tmp_path: Path) -> None:
+    flags = [
+        *TEACHER,
+        *("--objective.lens.teacher_layers", "[2, 4]"),
+        *("--objective.lens.student_layers", "[1, 2]"),
+        *("--objective.lens.weights", "[0.5, 1e-3]"),
+        *("--model.student_lora.r", "2", "--run.max_wall_time", "1:30:00"),
+    ]
+    config = load_config(flags)
+    assert config.objective.lens.weights == [0.5, 0.001]
+    assert load_config(["--config", layer(tmp_path, "d.yaml", dump_config(config))]) == config
+
+
+# --- Help ---------------------------------------------------------------------------------------
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the full name of every option that is not a section."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "at_least"), [(TrainConfig, 70), (EvaluateConfig, 25)], ids=["train", "eval"]
+)
+def test_help_explains_every_option(
+    config_class: type[TrainConfig] | type[EvaluateConfig], at_least: int
+) -> None:
+    text = build_parser(config_class, prog="x.py").format_help()
+    entries = dict(re.findall(r"^  --([\w.]+)((?:.*\n?(?!  -|\n|\S))*.*)$", text, re.MULTILINE))
+    names = list(leaves(config_class()))
+    assert len(names) >= at_least
+    for name in names:
+        entry = " ".join(entries[name].split())
+        explanation, found, _ = entry.partition("(type: ")
+        assert found and "default: " in entry, f"--{name}: no type or default: {entry}"
+        words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\{[^}]*\}", "", explanation))
+        # The metavariable is one word; what remains explains.
+        assert len(words) >= 3, f"--{name} has no explanation: {entry}"
+
+
+def test_help_explains_the_adapter() -> None:
+    for field in dataclasses.fields(LoraConfig):
+        parser = build_parser(LoraConfig, prog="x.py")
+        assert re.search(rf"--{field.name} \S+\s+\S.*\(type:", parser.format_help(), re.DOTALL)
