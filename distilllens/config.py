@@ -10,25 +10,16 @@ A command line is made of YAML layers and flags, later ones win::
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from distilllens.errors import ConfigError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar("T", bound="DataclassInstance")
+from distilllens.parsing import parse_arguments, raise_problems
 
 DivergenceKind = Literal["fkl", "rkl", "fkl+rkl", "jsd", "akl", "skew_fkl", "skew_rkl", "tvd"]
 
@@ -302,141 +293,20 @@ def load_config(argv: Sequence[str] | None = None) -> TrainConfig:
             type or range, a file that is missing or not YAML.
     """
     config = parse_arguments(TrainConfig, argv, prog="train.py")
-    _raise_problems(train_problems(config))
+    raise_problems(train_problems(config))
     return config
 
 
 def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Reads an evaluation configuration; the same form and errors as `load_config`."""
     config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
-    _raise_problems(eval_problems(config.eval))
+    raise_problems(eval_problems(config.eval))
     return config
 
 
 def dump_config(config: Any) -> str:
     """Returns a configuration as YAML; ``--config`` with it gives an equal configuration."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
-def parse_arguments(config_class: type[T], argv: Sequence[str] | None, *, prog: str) -> T:
-    """Parses ``argv`` into ``config_class`` without checking ranges."""
-    parser = build_parser(config_class, prog=prog)
-    arguments = _spell_out_switches(sys.argv[1:] if argv is None else argv)
-    _raise_problems([*_yaml_problems(parser, arguments), *_flag_problems(parser, arguments)])
-    try:
-        namespace = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(_one_line(str(error)), fix=f"python {prog} --help") from None
-    values = vars(parser.instantiate(namespace))
-    return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})
-
-
-def build_parser(config_class: type, *, prog: str) -> ArgumentParser:
-    """Returns the parser of a configuration class; its field docstrings are the help texts."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file; may be given several times")
-    parser.add_class_arguments(config_class, as_group=True)
-    return parser
-
-
-SWITCHES = ("dry_run", "debug", "overwrite", "download")
-"""Booleans that may stand without a value."""
-
-
-def _spell_out_switches(argv: Sequence[str]) -> list[str]:
-    """``--dry_run`` alone becomes ``--dry_run=true``."""
-    arguments: list[str] = []
-    for position, argument in enumerate(argv):
-        following = argv[position + 1] if position + 1 < len(argv) else ""
-        if argument.removeprefix("--") in SWITCHES and following.lower() not in ("true", "false"):
-            argument += "=true"
-        arguments.append(argument)
-    return arguments
-
-
-def _known_keys(parser: ArgumentParser) -> set[str]:
-    keys = {a.dest for a in parser._actions if a.option_strings}
-    for optional_group in ("model.student_lora",):
-        if optional_group in keys:
-            keys |= {f"{optional_group}.{f.name}" for f in dataclasses.fields(LoraConfig)}
-    return keys
-
-
-def _did_you_mean(key: str, known: set[str]) -> str:
-    """Returns the nearest known key: first by its last part, then as a whole."""
-    last_parts = {k.rsplit(".", 1)[-1]: k for k in sorted(known, reverse=True)}
-    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    last = difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1, cutoff=0.75)
-    guess = whole[0] if whole else (last_parts[last[0]] if last else "")
-    return f" (did you mean {guess}?)" if guess else ""
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in mapping.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{path}.")
-        else:
-            yield path
-
-
-def _config_paths(argv: Sequence[str]) -> Iterator[Path]:
-    for position, argument in enumerate(argv):
-        if argument == "--config" and position + 1 < len(argv):
-            yield Path(argv[position + 1])
-        elif argument.startswith("--config="):
-            yield Path(argument.removeprefix("--config="))
-
-
-def _yaml_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
-    known = _known_keys(parser)
-    problems = []
-    for path in _config_paths(argv):
-        if not path.is_file():
-            problems.append(f"--config {path}: no such file")
-            continue
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            problems.append(f"{path}: not YAML: {_one_line(str(error))}")
-            continue
-        if not isinstance(content, Mapping):
-            problems.append(f"{path}: expected a mapping of sections, got {content!r:.60}")
-            continue
-        problems += [
-            f"{path}: unknown key {key}{_did_you_mean(key, known)}"
-            for key in _flatten(content)
-            if key not in known
-        ]
-    return problems
-
-
-def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
-    known = _known_keys(parser)
-    extra = {"help", "print_config", "config"}
-    problems = []
-    for argument in argv:
-        if not argument.startswith("--"):
-            continue
-        key = argument[2:].split("=", 1)[0].removesuffix("+")
-        if key not in known | extra and not key.endswith(".help"):
-            problems.append(f"unknown flag --{key}{_did_you_mean(key, known)}")
-    return problems
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _raise_problems(problems: Sequence[str]) -> None:
-    if problems:
-        what = (
-            problems[0]
-            if len(problems) == 1
-            else f"{len(problems)} problems: " + "; ".join(problems)
-        )
-        raise ConfigError(what, fix="--help lists every key with its meaning and default")
 
 
 def parse_wall_time(text: str) -> float:

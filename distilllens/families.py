@@ -19,8 +19,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distilllens.chunks import LogitTransform
 from distilllens.errors import ConfigError
-from distilllens.fused import LogitTransform
 
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 DIVIDES_LOGITS = ("granite",)

@@ -6,7 +6,7 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from distilllens.fused import default_chunk_rows
+from distilllens.chunks import default_chunk_rows
 from distilllens.setup import Plan
 
 GIGA = 1e9

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from distilllens.chunks import Term
 from distilllens.config import ObjectiveConfig
 from distilllens.divergence import DivergenceOptions
 from distilllens.errors import ConfigError
-from distilllens.fused import Term
 from distilllens.layers import LayerPair
 
 

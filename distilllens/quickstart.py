@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from distilllens.config import parse_arguments
 from distilllens.data.skill_kinds import KINDS
 from distilllens.data.skills import SkillSet, train_skill_tokenizer, write_skills
+from distilllens.parsing import parse_arguments
 
 POSITIONS = 256
 """Longest prompt and answer in tokens."""

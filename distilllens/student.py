@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distilllens.chunks import Unembedding
 from distilllens.families import gather_rows, run_body
-from distilllens.fused import Unembedding, fused_linear_terms
+from distilllens.fused import fused_linear_terms
 from distilllens.lens import LogitLens
 from distilllens.objective import DistillationObjective, Rows
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from numerize.numerize import numerize
 from rich.console import Console, RenderableType
@@ -22,6 +22,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+WandbMode = Literal["disabled", "offline", "online"]
 
 logger = logging.getLogger("distilllens")
 
@@ -45,7 +47,7 @@ class Tracker:
         *,
         active: bool,
         total_steps: int,
-        wandb_mode: str = "disabled",
+        wandb_mode: WandbMode = "disabled",
         wandb_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.active, self.total_steps = active, total_steps
@@ -164,14 +166,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-def _start_wandb(mode: str, settings: Mapping[str, Any]) -> Any:
+def _start_wandb(mode: WandbMode, settings: Mapping[str, Any]) -> Any:
     """Starts Weights & Biases, or says once why not; None when off."""
     if mode == "disabled":
         return None
     return _guard_wandb(_init_wandb, mode, settings)
 
 
-def _init_wandb(mode: str, settings: Mapping[str, Any]) -> Any:
+def _init_wandb(mode: WandbMode, settings: Mapping[str, Any]) -> Any:
     import wandb  # takes a second, and only this choice needs it
 
     return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=10), **settings)

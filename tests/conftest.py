@@ -222,7 +222,7 @@ def workspace(
     tiny_gpt2: Callable[..., GPT2LMHeadModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> Workspace:
-    """Tiny teacher (6 blocks) and student (3 blocks, no dropout), 60 records, 10 of them for tests."""
+    """Tiny teacher (6 blocks) and student (3, no dropout), 60 records and 10 for tests."""
     for name, size, seed in (("teacher", 6, 1), ("student", 3, 2)):
         model = tiny_gpt2(n_layer=size, n_embd=8 * size, n_head=2, seed=seed)
         model.config.update({"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})

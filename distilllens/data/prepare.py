@@ -11,11 +11,12 @@ from huggingface_hub import HfApi, hf_hub_download
 from rich.console import Console
 from rich.table import Table
 
-from distilllens.config import DataConfig, EvalConfig, parse_arguments
+from distilllens.config import DataConfig, EvalConfig
 from distilllens.data.benchmarks import BENCHMARKS
 from distilllens.data.tokenize import PreparedData, prepare_dataset
 from distilllens.errors import ConfigError, DataError
 from distilllens.models import load_model_config, load_tokenizer
+from distilllens.parsing import parse_arguments
 
 PUBLISHED_SETS = {
     "dolly": "MiniLLM/dolly",

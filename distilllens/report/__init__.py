@@ -1,4 +1,5 @@
-"""Reports: score tables, training curves, lens maps, and one self-contained page of them all.
+"""Reports: score tables, training curves, lens maps, and one self-contained page of them all."""
 
-The command is ``distilllens.report.command.report_main``.
-"""
+from distilllens.report.command import report_main
+
+__all__ = ["report_main"]

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from distilllens.data.benchmarks import BENCHMARKS
 from distilllens.errors import ConfigError, StorageError
-from distilllens.report import run_table, tables
 from distilllens.report.html import LensSection, Page, PageFigure, render_figure, render_page
 from distilllens.report.lens_map import entropy_csv, lens_map_csv
 from distilllens.report.lens_plots import colour_limit, lens_panels
 from distilllens.report.plots import curve_panels, lens_layer_panels, score_panel
 from distilllens.report.run_maps import MapOptions, RunMaps, build_run_maps
-from distilllens.report.run_record import RunRecord, common_folder, read_runs
+from distilllens.report.run_record import RunRecord, read_runs, report_folder
+from distilllens.report.run_table import run_rows, runs_to_rich
 from distilllens.report.samples import collect_samples
 from distilllens.report.scores import (
     METRICS,
@@ -30,6 +30,7 @@ from distilllens.report.scores import (
     group_methods,
     prompt_counts,
 )
+from distilllens.report.tables import ScoreTable, build_table, to_csv, to_markdown, to_rich
 
 SAMPLES_PER_SET = 10
 EPILOG = (
@@ -57,14 +58,14 @@ def report_main(argv: Sequence[str] | None = None) -> int:
     runs = read_runs(arguments.runs)
     methods, notes = _collect_methods(runs, arguments.eval)
     score_tables = _score_tables(methods)
-    out = arguments.out or common_folder(run.folder for run in runs) / "report"
+    out = arguments.out or report_folder(run.folder for run in runs)
     _check_writable(out)
     maps, map_notes = _collect_maps(runs, arguments, console)
     page = _build_page(runs, methods, score_tables, maps, notes + map_notes)
     _write_all(out, page, score_tables, maps)
     for table in score_tables:
-        console.print(tables.to_rich(table))
-    console.print(run_table.to_rich(runs))
+        console.print(to_rich(table))
+    console.print(runs_to_rich(runs))
     for note in page.notes:
         console.print(f"note: {note}", markup=False)
     # Not through rich, which would break a long path into lines.
@@ -144,14 +145,14 @@ def evaluation_folder(run: Path) -> Path | None:
     return Path(*parts[:position], "eval_main", *parts[position + 1 :])
 
 
-def _score_tables(methods: Sequence[Method]) -> list[tables.ScoreTable]:
+def _score_tables(methods: Sequence[Method]) -> list[ScoreTable]:
     """Returns a table per metric; the paper's sets come first, in its order."""
     if not methods:
         return []
     present = {name for method in methods for name in method.test_sets}
     sets = [name for name in BENCHMARKS if name in present]
     sets += sorted(present.difference(sets))
-    return [tables.build_table(methods, metric=metric, sets=sets) for metric in METRICS]
+    return [build_table(methods, metric=metric, sets=sets) for metric in METRICS]
 
 
 def _collect_maps(
@@ -175,7 +176,7 @@ def _collect_maps(
 def _build_page(
     runs: Sequence[RunRecord],
     methods: Sequence[Method],
-    score_tables: Sequence[tables.ScoreTable],
+    score_tables: Sequence[ScoreTable],
     maps: Sequence[RunMaps],
     notes: Sequence[str],
 ) -> Page:
@@ -197,7 +198,7 @@ def _build_page(
         curves=[render_figure(panel) for panel in (*curve_panels(runs), *lens_layer_panels(runs))],
         lens=_lens_sections(maps),
         run_labels=labels,
-        run_rows=run_table.run_rows(runs),
+        run_rows=run_rows(runs),
         samples=collect_samples(methods, sets=sets, count=SAMPLES_PER_SET),
         explanations=_explanations(methods, score_tables, maps),
         footer=f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Runs trained at commit "
@@ -206,13 +207,14 @@ def _build_page(
 
 
 def _lens_sections(maps: Sequence[RunMaps]) -> list[LensSection]:
-    """Draws all maps; one colour scale for all of them, so that runs compare by eye too."""
-    every = [lens_map for run_maps in maps for lens_map in (run_maps.before, run_maps.after)]
-    largest = colour_limit([lens_map.divergence_ST for lens_map in every])
-    largest_change = colour_limit([m.after.divergence_ST - m.before.divergence_ST for m in maps])
+    """Draws all maps; runs from one initial student share their colour scales."""
     sections = []
     for number, run_maps in enumerate(maps, start=1):
         run, before, after = run_maps.run, run_maps.before, run_maps.after
+        kin = [other for other in maps if other.origin == run_maps.origin]
+        every = [lens_map for other in kin for lens_map in (other.before, other.after)]
+        largest = colour_limit([lens_map.divergence_ST for lens_map in every])
+        largest_change = colour_limit([m.after.divergence_ST - m.before.divergence_ST for m in kin])
         panels = lens_panels(
             run_maps.before,
             run_maps.after,
@@ -230,7 +232,8 @@ def _lens_sections(maps: Sequence[RunMaps]) -> list[LensSection]:
                 caption=f"Teacher {run_maps.teacher}{origin}, student {run.config.model.student} "
                 f"before and best/ after; {after.num_tokens} of {after.num_available} response "
                 f"tokens of the first {run_maps.num_prompts} usable records of {run_maps.data}. "
-                "Mean over tokens; the colour scale is the same in all maps of this page.",
+                "Mean over tokens; the colour scale is the same in all maps that begin with this "
+                "student.",
                 paired=means if run.pairs else "",
                 num_pairs=len(run.pairs),
                 maps=map_figures,
@@ -241,7 +244,7 @@ def _lens_sections(maps: Sequence[RunMaps]) -> list[LensSection]:
 
 
 def _explanations(
-    methods: Sequence[Method], score_tables: Sequence[tables.ScoreTable], maps: Sequence[RunMaps]
+    methods: Sequence[Method], score_tables: Sequence[ScoreTable], maps: Sequence[RunMaps]
 ) -> list[str]:
     lines = []
     if methods:
@@ -294,14 +297,14 @@ def _storage_error(path: Path, error: OSError) -> StorageError:
 
 
 def _write_all(
-    out: Path, page: Page, score_tables: Sequence[tables.ScoreTable], maps: Sequence[RunMaps]
+    out: Path, page: Page, score_tables: Sequence[ScoreTable], maps: Sequence[RunMaps]
 ) -> None:
     """Writes every file of the report; report.html last, so that it never stands alone."""
     files: dict[str, bytes] = {}
     if score_tables:
-        markdown = [f"### {table.title}\n\n{tables.to_markdown(table)}" for table in score_tables]
+        markdown = [f"### {table.title}\n\n{to_markdown(table)}" for table in score_tables]
         files["scores.md"] = "\n".join(markdown).encode()
-        files["scores.csv"] = tables.to_csv(score_tables).encode()
+        files["scores.csv"] = to_csv(score_tables).encode()
     figures: list[PageFigure] = [*page.score_figures, *page.curves]
     for section in page.lens:
         figures += [*section.maps, section.entropy]
@@ -320,4 +323,5 @@ def _write_all(
             temporary.write_bytes(content)
             os.replace(temporary, path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise _storage_error(path, error) from None

@@ -63,6 +63,11 @@ class RunMaps:
     data: Path
     num_prompts: int
 
+    @property
+    def origin(self) -> tuple[str, str]:
+        """Teacher and initial student: runs that share them begin with the same map."""
+        return self.teacher, self.run.config.model.student
+
 
 def build_run_maps(
     runs: Sequence[RunRecord], options: MapOptions, console: Console
@@ -83,8 +88,12 @@ def build_run_maps(
     lent = options.teacher or (teachers.pop() if len(teachers) == 1 else None)
     maps, notes = [], []
     for run in runs:
+        teacher = run.config.model.teacher or lent
+        if teacher is not None and Path(teacher).resolve() == run.folder / "best":
+            notes.append(f"{run.label}: no lens map: it is the teacher itself")
+            continue
         try:
-            maps.append(workshop.build(run, lent))
+            maps.append(workshop.build(run, teacher))
         except UserError as error:
             if options.required:
                 raise
@@ -103,15 +112,14 @@ class _Workshop:
         self.num_prompts = 0
         self.before: dict[tuple[object, ...], LensMap] = {}
 
-    def build(self, run: RunRecord, lent_teacher: str | None) -> RunMaps:
-        own = run.config.model.teacher
-        if own is None and lent_teacher is None:
+    def build(self, run: RunRecord, teacher: str | None) -> RunMaps:
+        model = run.config.model
+        if teacher is None:
             raise ConfigError(
                 "the run has no teacher to compare with", fix="name one with --teacher PATH"
             )
-        model = run.config.model
-        if own is None:
-            model = dataclasses.replace(model, teacher=lent_teacher, teacher_lora=None)
+        if model.teacher is None:
+            model = dataclasses.replace(model, teacher=teacher, teacher_lora=None)
         best = run.folder / "best"
         if not best.is_dir():
             raise ConfigError(f"{best} not found", why="the map after training needs it")
@@ -131,8 +139,8 @@ class _Workshop:
         after = self._compare(exported, str(best), f"{run.label}, after")
         return RunMaps(
             run=run,
-            teacher=str(model.teacher),
-            own_teacher=own is not None,
+            teacher=teacher,
+            own_teacher=run.config.objective.approach != "sft",
             before=self.before[key],
             after=after,
             data=data,

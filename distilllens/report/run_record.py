@@ -193,11 +193,14 @@ def _is_pair(entry: object) -> bool:
     )
 
 
-def common_folder(folders: Iterable[Path]) -> Path:
-    """Returns the deepest folder that holds all the run folders beside or below it."""
+def report_folder(folders: Iterable[Path]) -> Path:
+    """Returns where a report of these runs goes: report/ in the deepest folder above them all.
+
+    results/report, where they have nothing in common.
+    """
     parents = [folder.resolve().parent for folder in folders]
     shared = parents[0]
     for parent in parents[1:]:
         while not parent.is_relative_to(shared):
             shared = shared.parent
-    return shared
+    return Path("results/report") if shared == shared.parent else shared / "report"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 
@@ -18,7 +19,7 @@ def run_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def to_rich(runs: Sequence[RunRecord]) -> Table:
+def runs_to_rich(runs: Sequence[RunRecord]) -> Table:
     """Returns the runs' outcome for a terminal: a row per run."""
     table = Table(title="Runs", title_justify="left")
     table.add_column("run", overflow="fold")
@@ -40,7 +41,7 @@ def _describe(run: RunRecord) -> dict[str, str]:
     best = run.best_dev()
     pairs = ", ".join(f"{pair.teacher}→{pair.student}" for pair in run.pairs)
     return {
-        "folder": str(run.folder),
+        "folder": _from_here(run.folder),
         "state": str(run.status.get("state", MISSING)),
         "approach": objective.approach,
         "divergence": MISSING if is_sft else objective.divergence,
@@ -51,7 +52,7 @@ def _describe(run: RunRecord) -> dict[str, str]:
         "student": config.model.student,
         "data": config.data.path,
         "data fingerprint": _short(run.data.get("fingerprint")),
-        "records": _counts(run.data.get("counts")),
+        "records": _counts({k: v for k, v in run.data.items() if k != "fingerprint"}),
         "learning rate": f"{optim.lr:g} → {optim.lr_min:g}, {optim.schedule}",
         "batch": f"{optim.micro_batch_size} per process × {optim.accumulation} accumulated",
         "steps": str(run.num_steps) if run.lines else MISSING,
@@ -62,6 +63,12 @@ def _describe(run: RunRecord) -> dict[str, str]:
     }
 
 
+def _from_here(folder: Path) -> str:
+    """Returns a path as a user in the current folder writes it."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
 def _short(value: object) -> str:
     """Returns the first 12 characters of a hash, with its -dirty mark."""
     text = str(value or "")
@@ -69,9 +76,9 @@ def _short(value: object) -> str:
     return text.removesuffix("-dirty")[:12] + dirty if text else MISSING
 
 
-def _counts(counts: object) -> str:
+def _counts(counts: Mapping[str, object]) -> str:
     """Returns the counts of the prepared data; of a part (train, dev) those that matter here."""
-    if not isinstance(counts, Mapping) or not counts:
+    if not counts:
         return MISSING
     told = []
     for name, value in counts.items():

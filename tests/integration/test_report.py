@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distilllens.errors import ConfigError, DataError, StorageError
 from distilllens.report.command import evaluation_folder, report_main
+from distilllens.report.run_record import report_folder
 
 ATTACK = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=run()>"
 
@@ -76,7 +77,7 @@ class Checkout:
         (run / "metrics.jsonl").write_text(text + '{"step": 101, "train/lo')
         (run / "environment.json").write_text(json.dumps({"git_commit": "c0ffee" * 6 + "abcd"}))
         (run / "data.json").write_text(
-            json.dumps({"fingerprint": "f00d" * 16, "counts": {"train": {"used": 1234}}})
+            json.dumps({"fingerprint": "f00d" * 16, "train": {"used": 1234}})
         )
         (run / "status.json").write_text(json.dumps({"state": "finished"}))
         if teacher:
@@ -238,6 +239,16 @@ def test_maps_that_cannot_be_drawn_are_told(
     assert told in page.text and "None was drawn" in page.text
 
 
+def test_the_teachers_own_run_has_no_map(checkout: Checkout) -> None:
+    out = checkout.root / "out"
+    config = checkout.lens_run / "config.yaml"
+    teacher = checkout.root / "checkpoints/teacher"
+    config.write_text(config.read_text().replace(str(teacher), str(checkout.sft_run / "best")))
+    report_main([str(checkout.sft_run), str(checkout.lens_run), "--lens", "--out", str(out)])
+    assert "sft: no lens map: it is the teacher itself" in read_page(out / "report.html").text
+    assert len(list(out.glob("lens_map_*_before.png"))) == 1
+
+
 def test_explicit_evaluations_come_in_their_order(
     checkout: Checkout, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,3 +313,10 @@ def test_evaluations_are_looked_for_where_evaluate_puts_them() -> None:
     found = evaluation_folder(Path("/a/train/results/train/gpt2/kd/rkl"))
     assert found == Path("/a/train/results/eval_main/gpt2/kd/rkl")
     assert evaluation_folder(Path("/somewhere/else")) is None
+
+
+def test_report_stands_beside_the_runs() -> None:
+    kd, sft = Path("/r/train/gpt2/kd/rkl"), Path("/r/train/gpt2/sft/sft")
+    assert report_folder([kd]) == Path("/r/train/gpt2/kd/report")
+    assert report_folder([kd, sft]) == Path("/r/train/gpt2/report")
+    assert report_folder([kd, Path("/other/run")]) == Path("results/report")

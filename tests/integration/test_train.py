@@ -218,7 +218,7 @@ def test_a_model_that_is_broken_already(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = GPT2LMHeadModel.from_pretrained(workspace.root / "student")
-    model.transformer.h[1].mlp.c_fc.bias.data[0] = float("nan")
+    model.get_parameter("transformer.h.1.mlp.c_fc.bias").data[0] = float("nan")
     model.save_pretrained(workspace.root / "student")
     assert main(workspace.flags()) == 2
     assert "gives logits that are not finite" in capsys.readouterr().err

@@ -34,8 +34,10 @@ WEIGHTS = (
 def expected_gradients(workspace: Workspace) -> dict[str, torch.Tensor]:
     """0.3 CE + 0.7 (KL(q‖p) + 1.5 · mean of two JSDs), averaged over all tokens of the batch."""
     train = load_from_disk(str(workspace.root / "tokens" / "train"))
-    order = {"batch_size": 8, "seed": 10, "epoch": 0, "group_by_length": False}
-    indices = epoch_batches(record_lengths(train), **order)[0].tolist()
+    batches = epoch_batches(
+        record_lengths(train), batch_size=8, seed=10, epoch=0, group_by_length=False
+    )
+    indices = batches[0].tolist()
     student = GPT2LMHeadModel.from_pretrained(workspace.root / "student").double().eval()
     teacher = GPT2LMHeadModel.from_pretrained(workspace.root / "teacher").double().eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0

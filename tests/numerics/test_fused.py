@@ -12,15 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distilllens.chunks import LogitTransform, Term, Unembedding, default_chunk_rows
 from distilllens.divergence import DIVERGENCES, DivergenceOptions
-from distilllens.fused import (
-    LogitTransform,
-    Term,
-    Unembedding,
-    default_chunk_rows,
-    fused_linear_divergence,
-    fused_linear_terms,
-)
+from distilllens.fused import fused_linear_divergence, fused_linear_terms
 
 KINDS = sorted(DIVERGENCES)
 

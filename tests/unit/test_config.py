@@ -21,13 +21,13 @@ from distilllens.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    build_parser,
     dump_config,
     load_config,
     load_evaluate_config,
     parse_wall_time,
 )
 from distilllens.errors import ConfigError
+from distilllens.parsing import build_parser
 
 TEACHER = ("--model.teacher", "t")
 
