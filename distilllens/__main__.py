@@ -14,7 +14,7 @@ COMMANDS = {
         "make_student_main",
         "cut a student out of a teacher",
     ),
-    "report": ("distilllens.report", "report_main", "tables, curves and lens maps of runs"),
+    "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 
 
