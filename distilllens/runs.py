@@ -28,6 +28,8 @@ RECORDED_PACKAGES = (
     "tokenizers",
     "numpy",
     "safetensors",
+    "rouge-score",
+    "rapidfuzz",
 )
 
 
@@ -172,18 +174,17 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Returns the commit of the source tree, with ``+changes`` if files differ, or ``unknown``."""
+    """Returns the commit of the source tree, with ``-dirty`` if files differ, or ``unknown``."""
     root = Path(__file__).resolve().parent.parent
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        done = subprocess.run(
+            ["git", "-C", str(root), *describe],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return f"{commit}+changes" if changed else commit
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
+    return done.stdout.strip() or "unknown"

@@ -36,10 +36,11 @@ from distilllens.evaluation.plan import (
     no_usable_prompt,
     plan_cells,
 )
-from distilllens.evaluation.provenance import git_commit, method_name, versions
+from distilllens.evaluation.provenance import method_name
 from distilllens.evaluation.results import build_table, check_writable, read_result, write_cell
 from distilllens.evaluation.rouge import exact_match, rouge_l_max
 from distilllens.models import load_model, load_tokenizer
+from distilllens.runs import git_commit, versions
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

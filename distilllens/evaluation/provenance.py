@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -144,34 +141,3 @@ def _training_record(file: Path) -> str | None:
         case {"objective": {"approach": str(approach), "divergence": str(divergence)}}:
             return f"{approach}/{divergence}"
     return None
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that make a score."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_commit() -> str | None:
-    """Returns the commit of the project's tree, with ``-dirty`` if it is changed; None outside."""
-    root = Path(__file__).resolve().parents[2]
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -26,7 +26,7 @@ def real_gpt2_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True)
     shutil.copy(data / "encoder.json", folder / "vocab.json")
     shutil.copy(data / "vocab.bpe", folder / "merges.txt")
-    special = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 

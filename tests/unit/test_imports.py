@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "distilllens"
 
 FLOORS = """
-    libraries errors parsing config distributed signals schedule
+    libraries errors parsing config distributed signals schedule runs
     divergence row_gradients chunks fused families lens layers models make_student
     data quickstart objective student setup memory
-    evaluation report tracking runs checkpoint trainer session
+    evaluation report tracking checkpoint trainer session
     __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""

@@ -1,0 +1,186 @@
+"""The logit lens of every family against its mathematics, written out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import BLOCKS, FAMILIES, SOFT_CAP, VOCAB, WIDTH, build, token_ids
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from distilllens import families
+from distilllens.errors import ConfigError
+from distilllens.lens import LogitLens
+
+
+def layer_norm(h: Tensor, norm: Any) -> Tensor:
+    centred = h - h.mean(-1, keepdim=True)
+    scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    return scaled * norm.weight + norm.bias
+
+
+def rms_norm(h: Tensor, weight: Tensor) -> Tensor:
+    return h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def llama(model: Any, h: Tensor) -> Tensor:
+    return rms_norm(h, model.model.norm.weight) @ model.lm_head.weight.T
+
+
+def gemma(model: Any, h: Tensor) -> Tensor:
+    logits = rms_norm(h, 1 + model.model.norm.weight) @ model.model.embed_tokens.weight.T
+    return SOFT_CAP * torch.tanh(logits / SOFT_CAP)
+
+
+def cohere(model: Any, h: Tensor) -> Tensor:
+    bare = SimpleNamespace(weight=model.model.norm.weight, bias=0.0)
+    return 0.0625 * layer_norm(h, bare) @ model.model.embed_tokens.weight.T
+
+
+def phi(model: Any, h: Tensor) -> Tensor:
+    normed = layer_norm(h, model.model.final_layernorm)
+    return normed @ model.lm_head.weight.T + model.lm_head.bias
+
+
+def opt_projected(model: Any, h: Tensor) -> Tensor:
+    return h @ model.model.decoder.project_out.weight.T @ model.lm_head.weight.T
+
+
+LENSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "gpt2": lambda m, h: layer_norm(h, m.transformer.ln_f) @ m.transformer.wte.weight.T,
+    "llama": llama,
+    "qwen2": lambda m, h: rms_norm(h, m.model.norm.weight) @ m.model.embed_tokens.weight.T,
+    "qwen3": llama,
+    "mistral": llama,
+    "gemma2": gemma,
+    "gemma3": gemma,
+    "granite": lambda m, h: llama(m, h) / 8,
+    "cohere": cohere,
+    "phi": phi,
+    "phi3": llama,
+    "olmo2": llama,
+    "gpt_neox": lambda m, h: layer_norm(h, m.gpt_neox.final_layer_norm) @ m.embed_out.weight.T,
+    "opt-pre-norm": lambda m, h: (
+        layer_norm(h, m.model.decoder.final_layer_norm) @ m.model.decoder.embed_tokens.weight.T
+    ),
+    "opt-post-norm": lambda m, h: h @ m.model.decoder.embed_tokens.weight.T,
+    "opt-projected": opt_projected,
+}
+"""head(norm(h)) of each family in float64, from its weights alone. RMS norms get the family's ε."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lens_is_the_head_of_the_norm(family: str) -> None:
+    model = build(family).double()
+    norm = getattr(getattr(model, "model", None), "norm", None)
+    for name in ("variance_epsilon", "eps"):  # Olmo 2: 1e-5, Gemma and Llama: 1e-6
+        if hasattr(norm, name):
+            setattr(norm, name, 1e-5 if family in ("cohere",) else 1e-6)
+    ids = token_ids(2, 5)
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        lens = LogitLens(model)
+        for layer in range(1, BLOCKS):
+            expected = LENSES[family](model, states[layer])
+            assert expected.shape == (2, 5, VOCAB)
+            # Families compute their norm in float32, whatever the model's type.
+            torch.testing.assert_close(
+                lens.logits(states[layer]), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_check_passes(family: str) -> None:
+    model = build(family)
+    ids = token_ids(1, 8)
+    for norm in ("final", "none"):
+        assert LogitLens(model, norm).self_check(ids) < 1e-5
+    assert LogitLens(model.to(torch.bfloat16)).self_check(ids) < 0.05
+    assert not model.training
+
+
+def test_self_check_passes_under_lora_and_keeps_the_mode() -> None:
+    model = build("qwen2")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    wrapped.train()
+    assert LogitLens(wrapped).self_check(token_ids(1, 8)) < 1e-5
+    assert model.training
+    assert all(not block._forward_hooks for block in LogitLens(wrapped).parts.blocks)
+
+
+def test_without_norm_the_head_alone() -> None:
+    model = build("gemma2")
+    hidden = torch.randn(4, WIDTH)
+    logits = LogitLens(model, "none").logits(hidden)
+    expected = SOFT_CAP * torch.tanh(hidden @ model.lm_head.weight.T / SOFT_CAP)
+    torch.testing.assert_close(logits, expected)
+    assert not torch.allclose(logits, LogitLens(model).logits(hidden), atol=1e-2)
+
+
+def test_unknown_norm_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lens.norm='last' must be 'final' or 'none'"):
+        LogitLens(build("gpt2"), "last")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unembedding_is_the_rest_of_the_way(family: str) -> None:
+    """`fused` gets normed rows and this; together they must be the lens."""
+    lens = LogitLens(build(family))
+    hidden = torch.randn(3, WIDTH)
+    side = lens.unembedding()
+    logits = lens.normalize(hidden) @ side.head_VD.T
+    logits = logits if side.bias_V is None else logits + side.bias_V
+    logits = logits if side.transform is None else side.transform(logits)
+    torch.testing.assert_close(logits, lens.logits(hidden))
+
+
+# --- What self_check must refuse ----------------------------------------------------------------
+
+
+def refused(lens: LogitLens, family: str) -> str:
+    with pytest.raises(ConfigError, match=f"the logit lens of family '{family}' differs") as caught:
+        lens.self_check(token_ids(1, 8))
+    assert "families.py" in caught.value.fix
+    return caught.value.why
+
+
+def test_a_swapped_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FINAL_NORM_NAMES", ("embed_norm",))
+    assert "final norm Identity" in refused(LogitLens(build("llama")), "llama")
+
+
+@pytest.mark.parametrize("norm", ["final", "none"])
+def test_the_parts_in_use_are_what_is_checked(norm: Any) -> None:
+    lens = LogitLens(build("gpt2"), norm)
+    lens.parts = dataclasses.replace(lens.parts, final_norm=nn.LayerNorm(WIDTH))
+    assert "final norm LayerNorm" in refused(lens, "gpt2")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_a_forgotten_transform_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_logit_transform", lambda _: None)
+    refused(LogitLens(build(family)), family)
+
+
+def test_something_unknown_before_the_logits_is_refused() -> None:
+    model = build("llama")
+    model.model.norm.register_forward_hook(lambda *_: None)
+    assert LogitLens(model).self_check(token_ids(1, 8)) < 1e-5
+    model.register_forward_hook(lambda _m, _i, output: output.__setitem__("logits", output[0] + 1))
+    refused(LogitLens(model), "llama")
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    with pytest.raises(ConfigError, match="gives logits that are not finite"):
+        LogitLens(model).self_check(token_ids(1, 8))
