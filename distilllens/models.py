@@ -158,7 +158,7 @@ def load_student(config: ModelConfig, *, dtype: torch.dtype) -> nn.Module:
         revision=config.revision,
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if config.student_lora is None:
         return model.train()
     return _add_lora(model, config.student_lora).train()

@@ -124,10 +124,10 @@ def gradients(model: nn.Module, *, recompute: bool) -> dict[str, Tensor]:
     """Returns gradients of a function of block 2's output and of the body's."""
     base = base_model(model)
     if recompute:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
     model.train().zero_grad()
     parts, runs = find_parts(model), []
-    handle = parts.blocks[1].register_forward_hook(lambda *_: runs.append(1))
+    handle = next(parts.blocks[1].children()).register_forward_pre_hook(lambda *_: runs.append(1))
     final, captured = run_body(parts, token_ids(2, 5), [2])
     (final.square().mean() + captured[2].sin().sum()).backward()
     handle.remove()
