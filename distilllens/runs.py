@@ -111,15 +111,26 @@ def create_run_folder(path: str) -> RunFolder:
     return folder
 
 
+def is_finished(folder: RunFolder) -> bool:
+    """Whether a run came to its end in this folder."""
+    return _state(folder) == "finished"
+
+
+def _state(folder: RunFolder) -> str | None:
+    if not folder.status.is_file():
+        return None
+    return str(json.loads(folder.status.read_text(encoding="utf-8")).get("state", "unknown"))
+
+
 def check_unused(folder: RunFolder) -> None:
     """Refuses a folder that holds a run already.
 
     Raises:
         ConfigError: It does; the message names the choices.
     """
-    if not folder.status.is_file():
+    state = _state(folder)
+    if state is None:
         return
-    state = json.loads(folder.status.read_text(encoding="utf-8")).get("state", "unknown")
     raise ConfigError(
         f"{folder.root} holds a run already (state: {state})",
         fix="choose another --run.output_dir, or remove that folder",

@@ -29,6 +29,7 @@ from distilllens.runs import (
     check_unused,
     create_run_folder,
     environment_record,
+    is_finished,
     write_json,
     write_status,
 )
@@ -48,7 +49,8 @@ from distilllens.trainer import Trainer
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Trains as the arguments say and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    folder = None
+    debug = "--debug" in arguments
+    folder = None  # until it is known to be ours to write into
     try:
         config = load_config(arguments)
         quiet_libraries()
@@ -56,14 +58,35 @@ def train_main(argv: Sequence[str] | None = None) -> int:
             dry_run(config)
             return EXIT_OK
         device = distributed.initialize()
-        folder = create_run_folder(config.run.output_dir)
-        _train(config, folder, device, arguments)
+        claimed, resumed = claim_folder(config)
+        distributed.barrier()  # the others must not find what the first process writes now
+        folder = claimed
+        with build_trainer(config, folder, device, arguments) as trainer:
+            _train(trainer, folder, resumed)
     except UserError as error:
-        return _end(folder, error, debug="--debug" in arguments)
+        return _end(folder, error, debug=debug)
     except Exception as error:
-        return _end(folder, error, debug="--debug" in arguments)
+        return _end(folder, error, debug=debug)
     distributed.shutdown()
     return EXIT_OK
+
+
+def claim_folder(config: TrainConfig) -> tuple[RunFolder, Path | None]:
+    """Returns the run's folder and the state to go on from, None for a fresh start.
+
+    Raises:
+        StorageError: The folder cannot be written.
+        ConfigError: It holds a finished run; with ``run.resume=never``, any run. (One that ended
+            before it saved anything has nothing to lose and starts anew.)
+        CheckpointError: No state where one is asked for, or one of other options.
+    """
+    folder = create_run_folder(config.run.output_dir)
+    resumed = find_state(folder, config.run.resume)
+    if config.run.resume == "never" or is_finished(folder):
+        check_unused(folder)
+    if resumed is not None:
+        check_same_config(resumed, config)
+    return folder, resumed
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -110,23 +133,14 @@ def describe_plan(plan: Plan, data: PreparedData, steps: StepCount) -> list[Rend
     return lines
 
 
-def _train(
-    config: TrainConfig, folder: RunFolder, device: torch.device, arguments: Sequence[str]
-) -> None:
-    """Trains in ``folder``, from the start or from its saved state."""
-    resumed = find_state(folder, config.run.resume)
-    if resumed is None or _is_finished(folder):
-        check_unused(folder)
+def _train(trainer: Trainer, folder: RunFolder, resumed: Path | None) -> None:
+    """Trains in ``folder``, from the start or from a saved state."""
     if resumed is not None:
-        check_same_config(resumed, config)
-    distributed.barrier()
-    with build_trainer(config, folder, device, arguments) as trainer:
-        if resumed is not None:
-            trainer.resume(resumed)
-        if distributed.is_main():
-            trim_metrics(folder.metrics, trainer.state.step)
-        trainer.fit()
-        trainer.tracker.say(f"done: {trainer.state.step} steps; the best model is {folder.best}")
+        trainer.resume(resumed)
+    if distributed.is_main():
+        trim_metrics(folder.metrics, trainer.state.step)
+    trainer.fit()
+    trainer.tracker.say(f"done: {trainer.state.step} steps; the best model is {folder.best}")
     if distributed.is_main():
         write_status(
             folder,
@@ -185,12 +199,6 @@ def build_trainer(
             )
 
 
-def _is_finished(folder: RunFolder) -> bool:
-    if not folder.status.is_file():
-        return False
-    return bool(json.loads(folder.status.read_text(encoding="utf-8")).get("state") == "finished")
-
-
 def _record(
     folder: RunFolder,
     config: TrainConfig,
@@ -243,8 +251,6 @@ def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
 def _write_end(folder: RunFolder, error: Exception, code: int, message: str) -> None:
     with folder.log.open("a", encoding="utf-8") as log:
         log.write(f"{message}\n{''.join(traceback.format_exception(error))}\n")
-    if isinstance(error, UserError) and "holds a run already" in error.what:
-        return  # that run's status is not ours to change
     states = saved_states(folder.state)
     step = int(states[-1].name.removeprefix("step-")) if states else 0
     state = "stopped" if isinstance(error, Stopped) else "failed"

@@ -100,7 +100,7 @@ class Trainer:
             for micro_batches in self.epoch():
                 self.train_step(micro_batches)
                 self.tracker.advance(self.state.step)
-                if self.state.step % self.config.tracking.log_every == 0:
+                if self.is_log_due():
                     self.log_metrics()
                 if self.is_evaluation_due():
                     self.evaluate()
@@ -199,6 +199,11 @@ class Trainer:
         """Passes over the records so far."""
         return self.state.step / self.steps.steps_per_epoch
 
+    def is_log_due(self) -> bool:
+        """Each ``tracking.log_every`` steps, and at the end."""
+        step = self.state.step
+        return step % self.config.tracking.log_every == 0 or step == self.steps.total_steps
+
     def log_metrics(self) -> None:
         """Writes the means since the last line, over all processes."""
         totals, self.totals = self.totals, self._new_totals()
@@ -230,12 +235,15 @@ class Trainer:
         return step % every == 0 or step == self.steps.total_steps
 
     def evaluate(self) -> None:
-        """Measures the dev set and saves latest/, and best/ if it is the best so far."""
+        """Measures the dev set and saves latest/, and best/ if it is the best so far.
+
+        Without a dev set best/ is always the latest.
+        """
         start = time.perf_counter()
         metrics = self.dev_metrics()
         export_model(self.engine, self.module.student, self.plan.tokenizer, self.folder.latest)
-        name = f"eval/dev/{self.config.eval.metric}"
-        if self.state.take_if_best(metrics.get(name, math.nan), larger=name.endswith("rougeL")):
+        name, larger = f"eval/dev/{self.config.eval.metric}", self.config.eval.metric == "rougeL"
+        if not metrics or self.state.take_if_best(metrics[name], larger=larger):
             copy_model(self.folder.latest, self.folder.best)
             self.tracker.say(f"best/ is now step {self.state.step}")
         metrics["perf/eval_s"] = time.perf_counter() - start

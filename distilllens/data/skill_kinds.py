@@ -68,7 +68,7 @@ def sort_numbers(rng: Random) -> Task:
         if falling
         else ("Sort these numbers from small to large", "Put the numbers in ascending order")
     )
-    numbers = rng.sample(range(1, 100), rng.randint(3, 5))
+    numbers = rng.sample(range(1, 100), rng.randint(3, 4))
     answer = ", ".join(map(str, sorted(numbers, reverse=falling)))
     return _on_list(rng, rng.choice(orders), numbers, answer)
 
@@ -110,20 +110,19 @@ def compare_amounts(rng: Random) -> Task:
 
 
 def arithmetic_in_words(rng: Random) -> Task:
-    first, second = rng.randint(1, 10), rng.randint(1, 10)
-    plus = rng.random() < 0.5
-    if not plus:
-        first, second = max(first, second), min(first, second)
-    terms = f"{number_word(first)} {'plus' if plus else 'minus'} {number_word(second)}"
-    question = rng.choice(
-        (
-            f"What is {terms}?",
-            f"Calculate {terms}.",
-            f"How much is {terms}?",
-            f"Give the result in words: {terms}.",
-        )
+    terms, results = [], []
+    for _ in range(2):
+        first, second = rng.randint(1, 10), rng.randint(1, 10)
+        plus = rng.random() < 0.5
+        if not plus:
+            first, second = max(first, second), min(first, second)
+        terms.append(f"{number_word(first)} {'plus' if plus else 'minus'} {number_word(second)}")
+        results.append(number_word(first + second if plus else first - second))
+    question = " and ".join(terms)
+    order = rng.choice(
+        (f"How much are {question}?", f"What is {question}?", f"Work out {question}.")
     )
-    return Task(question, "", number_word(first + second if plus else first - second))
+    return Task(order, "", " and ".join(results))
 
 
 def extraction(rng: Random) -> Task:
@@ -188,7 +187,7 @@ def capital_letters(rng: Random) -> Task:
 
 
 def reverse_order(rng: Random) -> Task:
-    words = rng.sample(NOUNS, rng.randint(3, 5))
+    words = rng.sample(NOUNS, rng.randint(3, 4))
     order = rng.choice(
         ("Reverse the order of the words", "Write the list backwards", "Read from last to first")
     )
@@ -196,25 +195,22 @@ def reverse_order(rng: Random) -> Task:
 
 
 def weekdays(rng: Random) -> Task:
-    start, distance = rng.randrange(7), rng.randint(1, 3)
-    day, name = WEEKDAYS[start], rng.choice(NAMES)
-    days = f"{number_word(distance)} {'day' if distance == 1 else 'days'}"
-    later = rng.random() < 0.5
+    start, count = rng.randrange(7), rng.randint(2, 4)
+    day, name, number = WEEKDAYS[start], rng.choice(NAMES), number_word(count)
+    step = rng.choice((-1, 1))
     questions = (
         (
-            f"Which day is {days} after {day}?",
-            f"Today is {day}. Which day is in {days}?",
-            f"{name} left on {day} and came back {days} later. On which day?",
+            f"Name the {number} days after {day}.",
+            f"After {day} {name} was away for {number} days. Which days?",
         )
-        if later
+        if step == 1
         else (
-            f"Which day is {days} before {day}?",
-            f"Today is {day}. Which day was {days} ago?",
-            f"Today is {day}. {name} called {days} ago. On which day?",
+            f"Name the {number} days before {day}, the nearest first.",
+            f"{name} came on {day} after {number} days of travel. Which days, backwards?",
         )
     )
-    answer = WEEKDAYS[(start + (distance if later else -distance)) % 7]
-    return Task(rng.choice(questions), "", answer)
+    answer = ", ".join(WEEKDAYS[(start + step * place) % 7] for place in range(1, count + 1))
+    return Task(questions[rng.random() < 0.8], "", answer)
 
 
 def dates(rng: Random) -> Task:
@@ -241,11 +237,16 @@ def units(rng: Random) -> Task:
 
 
 def list_position(rng: Random) -> Task:
-    words = rng.sample(NOUNS, rng.randint(3, 5))
-    place = rng.choice(("first", "second", "last"))
-    question = rng.choice((f"What is the {place} word?", f"Which word stands in {place} place?"))
-    answer = {"first": words[0], "second": words[1], "last": words[-1]}[place]
-    return _on_list(rng, question, words, answer)
+    words = rng.sample(NOUNS, rng.randint(3, 4))
+    places = rng.sample(("first", "second", "last"), 2)
+    named = {"first": words[0], "second": words[1], "last": words[-1]}
+    question = rng.choice(
+        (
+            f"Name the {places[0]} and the {places[1]} word",
+            f"Which words are {places[0]} and {places[1]}?",
+        )
+    )
+    return _on_list(rng, question, words, " and ".join(named[place] for place in places))
 
 
 def word_length(rng: Random) -> Task:
@@ -315,7 +316,7 @@ def odd_one_out(rng: Random) -> Task:
 
 def filter_words(rng: Random) -> Task:
     keep, other = rng.sample(tuple(CATEGORIES), 2)
-    kept = rng.sample(CATEGORIES[keep], rng.randint(1, 3))
+    kept = rng.sample(CATEGORIES[keep], rng.randint(2, 3))
     words = kept + rng.sample(CATEGORIES[other], rng.randint(2, 3))
     rng.shuffle(words)
     drop = rng.random() < 0.4

@@ -222,6 +222,11 @@ def test_a_model_that_is_broken_already(
     model.save_pretrained(workspace.root / "student")
     assert main(workspace.flags()) == 2
     assert "gives logits that are not finite" in capsys.readouterr().err
+    assert status(workspace.root / "run")["state"] == "failed"
+    model.get_parameter("transformer.h.1.mlp.c_fc.bias").data[0] = 0.0
+    model.save_pretrained(workspace.root / "student")
+    assert main(workspace.flags("--optim.max_steps", "2")) == 0  # nothing was saved: starts anew
+    assert main(workspace.flags("--run.resume", "never")) == 2
 
 
 def test_a_run_that_never_improves_has_a_best(workspace: Workspace) -> None:

@@ -130,8 +130,10 @@ def compare_amounts(text: str) -> str:
 
 
 def arithmetic_in_words(text: str) -> str:
-    x, sign, y = find(r"([\w-]+) (plus|minus) ([\w-]+)", text)
-    return NUMBERS[NUMBERS.index(x) + NUMBERS.index(y) * (1 if sign == "plus" else -1)]
+    return " and ".join(
+        NUMBERS[NUMBERS.index(x) + NUMBERS.index(y) * (1 if sign == "plus" else -1)]
+        for x, sign, y in re.findall(r"([\w-]+) (plus|minus) ([\w-]+)", text)
+    )
 
 
 def extraction(text: str) -> str:
@@ -169,12 +171,13 @@ def reverse_order(text: str) -> str:
 
 
 def weekdays(text: str) -> str:
-    (number,) = find(rf"\b({'|'.join(NUMBERS[14:0:-1])}) days?\b", text)
     (day,) = find(rf"\b({'|'.join(calendar.day_name)})\b", text)
+    (number,) = find(r"\b(two|three|four) days", text)
     date = datetime.date(2024, 7, 1) + datetime.timedelta(list(calendar.day_name).index(day))
     assert date.strftime("%A") == day  # 1 July 2024 was a Monday
-    days = NUMBERS.index(number) * (-1 if asks(text, "before", "ago") else 1)
-    return calendar.day_name[(date + datetime.timedelta(days)).weekday()]
+    sign = -1 if asks(text, "before", "backwards") else 1
+    days = [date + datetime.timedelta(sign * (i + 1)) for i in range(NUMBERS.index(number))]
+    return ", ".join(calendar.day_name[day.weekday()] for day in days)
 
 
 def dates(text: str) -> str:
@@ -194,8 +197,8 @@ def units(text: str) -> str:
 
 
 def list_position(text: str) -> str:
-    (name,) = find(r"\b(first|second|last)\b", text)
-    return items(text)[{"first": 0, "second": 1, "last": -1}[name]]
+    places = re.findall(r"\b(first|second|last)\b", text)
+    return " and ".join(items(text)[{"first": 0, "second": 1, "last": -1}[p]] for p in places)
 
 
 def word_length(text: str) -> str:

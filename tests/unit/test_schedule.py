@@ -1,0 +1,78 @@
+"""The learning rate at chosen steps, in closed form."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distilllens.config import OptimConfig
+from distilllens.schedule import learning_rate, warmup_steps
+
+COSINE = OptimConfig(lr=1.0, lr_min=0.2, schedule="cosine")
+LINEAR = OptimConfig(lr=1.0, lr_min=0.2, schedule="linear")
+CONSTANT = OptimConfig(lr=1.0, lr_min=0.2, schedule="constant")
+
+
+@pytest.mark.parametrize(
+    ("optim", "step", "expected"),
+    [
+        (COSINE, 0, 1.0),
+        (COSINE, 25, 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2),
+        (COSINE, 50, 0.6),
+        (COSINE, 75, 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2),
+        (COSINE, 100, 0.2),
+        (LINEAR, 0, 1.0),
+        (LINEAR, 25, 0.8),
+        (LINEAR, 99, 0.208),
+        (LINEAR, 100, 0.2),
+        (CONSTANT, 0, 1.0),
+        (CONSTANT, 99, 1.0),
+    ],
+)
+def test_without_warmup(optim: OptimConfig, step: int, expected: float) -> None:
+    assert learning_rate(optim, step, 100) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [20, 0.2], ids=["steps", "share"])
+def test_warmup_rises_in_a_line_and_then_the_course_begins(schedule: str, warmup: float) -> None:
+    optim = OptimConfig(lr=1.0, lr_min=0.2, schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
+    rates = [learning_rate(optim, step, 100) for step in range(101)]
+    assert rates[:20] == pytest.approx([0.05 * k for k in range(1, 21)])
+    assert rates[20] == 1.0
+    assert rates[60] == pytest.approx({"cosine": 0.6, "linear": 0.6, "constant": 1.0}[schedule])
+    assert rates[100] == pytest.approx(1.0 if schedule == "constant" else 0.2)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [(0, 100, 0), (0.03, 100, 3), (0.999, 1000, 999), (1, 100, 1), (500, 100, 100), (7.9, 100, 7)],
+)
+def test_warmup_as_steps_or_share(warmup: float, total: int, steps: int) -> None:
+    assert warmup_steps(OptimConfig(warmup=warmup), total) == steps
+
+
+def test_a_run_of_warmup_only_and_of_one_step() -> None:
+    assert learning_rate(OptimConfig(lr=1.0, warmup=50), 9, 10) == 1.0
+    assert learning_rate(OptimConfig(lr=1.0, warmup=50), 4, 10) == 0.5
+    assert learning_rate(COSINE, 0, 1) == 1.0
+
+
+@given(
+    total=st.integers(1, 5000),
+    warmup=st.floats(0, 0.99) | st.integers(1, 6000),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+)
+def test_never_above_the_peak_and_never_back_up(total: int, warmup: float, schedule: str) -> None:
+    optim = OptimConfig(lr=3e-4, lr_min=1e-6, schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
+    first = warmup_steps(optim, total)
+    samples = sorted({0, first, total - 1, *range(0, total, max(1, total // 20))})
+    rates = {step: learning_rate(optim, step, total) for step in samples}
+    assert all(0 < rate <= 3e-4 * (1 + 1e-12) for rate in rates.values())
+    course = [rate for step, rate in rates.items() if step >= first]
+    assert all(after <= before for before, after in itertools.pairwise(course))
+    assert all(rate >= 1e-6 for rate in course)
