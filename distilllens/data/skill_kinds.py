@@ -56,7 +56,7 @@ def sort_words(rng: Random) -> Task:
         if backwards
         else ("Sort these words from A to Z", "Put the words in alphabetical order")
     )
-    words = rng.sample(NOUNS, rng.randint(3, 4))
+    words = rng.sample(NOUNS, 3)
     answer = ", ".join(sorted(words, reverse=backwards))
     return _on_list(rng, rng.choice(orders), words, answer)
 
@@ -75,9 +75,9 @@ def sort_numbers(rng: Random) -> Task:
 
 def count_members(rng: Random) -> Task:
     category, other = rng.sample(tuple(CATEGORIES), 2)
-    count = rng.randint(0, 4)
+    count = rng.randint(0, 3)
     members = rng.sample(CATEGORIES[category], count)
-    words = members + rng.sample(CATEGORIES[other], 5 - count)
+    words = members + rng.sample(CATEGORIES[other], 4 - count)
     rng.shuffle(words)
     found = [word for word in words if word in members]
     question = rng.choice(
@@ -96,7 +96,7 @@ def count_members(rng: Random) -> Task:
 def compare_amounts(rng: Random) -> Task:
     first, second = rng.sample(NAMES, 2)
     things = plural(rng.choice(NOUNS))
-    amount, difference = rng.randint(1, 12), rng.randint(1, 8)
+    amount, difference = rng.randint(1, 10), rng.randint(1, 5)
     amounts = [amount, amount + difference]
     rng.shuffle(amounts)
     word = rng.choice(("more", "fewer"))
@@ -112,7 +112,7 @@ def compare_amounts(rng: Random) -> Task:
 def arithmetic_in_words(rng: Random) -> Task:
     terms, results = [], []
     for _ in range(2):
-        first, second = rng.randint(1, 10), rng.randint(1, 10)
+        first, second = rng.randint(1, 6), rng.randint(1, 6)
         plus = rng.random() < 0.5
         if not plus:
             first, second = max(first, second), min(first, second)
@@ -316,8 +316,8 @@ def odd_one_out(rng: Random) -> Task:
 
 def filter_words(rng: Random) -> Task:
     keep, other = rng.sample(tuple(CATEGORIES), 2)
-    kept = rng.sample(CATEGORIES[keep], rng.randint(2, 3))
-    words = kept + rng.sample(CATEGORIES[other], rng.randint(2, 3))
+    kept = rng.sample(CATEGORIES[keep], rng.randint(1, 3))
+    words = kept + rng.sample(CATEGORIES[other], 4 - len(kept))
     rng.shuffle(words)
     drop = rng.random() < 0.4
     orders = (

@@ -13,7 +13,8 @@ launch_evaluate() { launch "$(value_of --output_dir "$@")" evaluate.py "$@"; }
 
 launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the run's own exit code
   local status="$1/status.json" begin child waiting=1 code=0
-  local command=(env "OMP_NUM_THREADS=$(count_threads "$processes")")
+  # Threads that wait must sleep: spinning on shared cores makes a step up to ten times longer.
+  local command=(env "OMP_NUM_THREADS=$(count_threads "$processes")" "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
   if [[ -n "${NNODES:-}" ]]; then
     command+=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" --nproc_per_node "$processes"
       --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}")

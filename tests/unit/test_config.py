@@ -113,7 +113,8 @@ def test_sft_needs_no_teacher() -> None:
 
 def test_unknown_keys_are_named_all_at_once_with_a_guess(tmp_path: Path) -> None:
     file = layer(tmp_path, "typo.yaml", "optim: {wamup: 3}\nlens: {coeff: 1}\nzzzz: 1")
-    told = refusal("--config", file, "--optim.lr_mni", "1", "--qqqq", "2")
+    good = layer(tmp_path, "good.yaml", "optim: {warmup: 3}")
+    told = refusal("--config", file, "--config", good, "--optim.lr_mni", "1", "--qqqq", "2")
     assert told.startswith("5 problems: ")
     assert f"{file}: unknown key optim.wamup (did you mean optim.warmup?)" in told
     assert f"{file}: unknown key lens.coeff (did you mean objective.lens.coeff?)" in told
@@ -226,6 +227,12 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert "not YAML" in refusal("--config", str(tmp_path / "d.yaml"))
 
 
+@pytest.mark.xfail(strict=True, reason="escapes as a TypeError of jsonargparse")
+@pytest.mark.parametrize("content", ["optim: 3", "objective: {lens: [1]}"])
+def test_a_section_that_is_no_mapping(tmp_path: Path, content: str) -> None:
+    assert "mapping" in refusal("--config", layer(tmp_path, "a.yaml", content))
+
+
 def test_evaluation_is_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"eval\.top_p=0\.0"):
         load_evaluate_config(["--eval.top_p", "0"])
@@ -287,6 +294,12 @@ def test_a_dumped_configuration_loads_as_the_same(tmp_path: Path, config: TrainC
     assert load_config(["--config", file]) == config
 
 
+@pytest.mark.xfail(strict=True, reason="PyYAML leaves 1e-4 unquoted, jsonargparse reads a number")
+def test_texts_that_look_like_numbers_come_back(tmp_path: Path) -> None:
+    config = load_config([*TEACHER, "--model.revision", "1234e56"])
+    assert load_config(["--config", layer(tmp_path, "d.yaml", dump_config(config))]) == config
+
+
 def test_the_resolved_lists_and_adapters_come_back(tmp_path: Path) -> None:
     flags = [
         *TEACHER,
@@ -314,11 +327,11 @@ def leaves(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("config_class", "at_least"), [(TrainConfig, 65), (EvaluateConfig, 20)], ids=["train", "eval"]
+    ("config_class", "at_least"),
+    [(TrainConfig, 65), (EvaluateConfig, 20), (LoraConfig, 3)],
+    ids=["train", "eval", "adapter"],
 )
-def test_help_explains_every_option(
-    config_class: type[TrainConfig] | type[EvaluateConfig], at_least: int
-) -> None:
+def test_help_explains_every_option(config_class: type, at_least: int) -> None:
     text = build_parser(config_class, prog="x.py").format_help()
     entries = dict(re.findall(r"^  --([\w.]+)((?:.*\n?(?!  -|\n|\S))*.*)$", text, re.MULTILINE))
     names = list(leaves(config_class()))
@@ -327,12 +340,6 @@ def test_help_explains_every_option(
         entry = " ".join(entries[name].split())
         explanation, found, _ = entry.partition("(type: ")
         assert found and "default: " in entry, f"--{name}: no type or default: {entry}"
-        words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\{[^}]*\}", "", explanation))
-        # The metavariable is one word; what remains explains.
-        assert len(words) >= 3, f"--{name} has no explanation: {entry}"
-
-
-def test_help_explains_the_adapter() -> None:
-    for field in dataclasses.fields(LoraConfig):
-        parser = build_parser(LoraConfig, prog="x.py")
-        assert re.search(rf"--{field.name} \S+\s+\S.*\(type:", parser.format_help(), re.DOTALL)
+        # The name in capitals or the choices stand first; what remains explains.
+        words = re.sub(r"^(\{[^}]*\}|\[[^]]*\]|\S+)(, --\S+ \S+)?", "", explanation).split()
+        assert words, f"--{name} has no explanation: {entry}"

@@ -86,13 +86,16 @@ def test_lens_is_the_head_of_the_norm(family: str) -> None:
             assert expected.shape == (2, 5, VOCAB)
             # Families compute their norm in float32, whatever the model's type.
             torch.testing.assert_close(
-                lens.logits(states[layer]), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
+                lens.logits(states[layer]),
+                expected,
+                rtol=1e-5,
+                atol=1e-5 * expected.abs().max().item(),
             )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_self_check_passes(family: str) -> None:
-    model = build(family)
+    model: Any = build(family)
     ids = token_ids(1, 8)
     for norm in ("final", "none"):
         assert LogitLens(model, norm).self_check(ids) < 1e-5
@@ -175,7 +178,7 @@ def test_something_unknown_before_the_logits_is_refused() -> None:
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
-    model = build("gpt2")
+    model: Any = build("gpt2")
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = float("nan")
     with pytest.raises(ConfigError, match="gives logits that are not finite"):

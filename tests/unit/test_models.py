@@ -74,7 +74,7 @@ def test_dtype(folder: Path) -> None:
     assert load_model(str(folder), dtype=torch.float32).dtype == torch.float32
 
 
-LOADERS = [load_model, load_model_config, load_tokenizer]
+LOADERS: list[Callable[[str], object]] = [load_model, load_model_config, load_tokenizer]
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -212,7 +212,7 @@ def test_teacher_adapter_is_merged(
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     teacher = load_teacher(ModelConfig(teacher=base, teacher_lora=adapter), dtype=torch.float32)
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_adapter_that_is_missing_or_does_not_fit(
             ModelConfig(teacher=str(folder), teacher_lora=str(folder)), dtype=torch.float32
         )
     other = get_peft_model(tiny_llama(), PeftLoraConfig(r=1, target_modules=["q_proj"]))
-    other.save_pretrained(tmp_path / "adapter")
+    other.save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(ConfigError, match=rf"adapter does not fit {folder}"):
         load_teacher(
             ModelConfig(teacher=str(folder), teacher_lora=str(tmp_path / "adapter")),

@@ -60,7 +60,7 @@ def test_norms_and_biases_are_not_decayed(family: str, request: pytest.FixtureRe
 
 
 def test_only_the_adapter_is_optimised(tiny_llama: Callable[[], nn.Module]) -> None:
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     decay = names_by_decay(model)
     assert len(decay) == 3 * 2 and set(decay.values()) == {0.125}
     assert all("lora_" in name for name in decay)
@@ -133,6 +133,6 @@ def test_step_count(
 
 def test_fewer_records_than_one_batch() -> None:
     optim = OptimConfig(micro_batch_size=4, accumulation=2)
-    with pytest.raises(DataError, match="15 training records .* global batch of 16") as caught:
+    with pytest.raises(DataError, match=r"15 training records .* global batch of 16") as caught:
         count_steps(TrainConfig(optim=optim), 15, 2)
     assert "4 per process × 2 accumulated × 2 processes" in caught.value.why

@@ -267,7 +267,7 @@ SOLVERS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_answer_is_right(seed: int) -> None:
-    skills = generate_skills(seed=seed, train=8000, dev=200, test=240)
+    skills = generate_skills(seed=seed, train=20000, dev=200, test=240)
     wrong = [
         (row, solved)
         for row in [*skills.train, *skills.dev, *skills.test]
