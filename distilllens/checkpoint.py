@@ -99,7 +99,12 @@ def _replace_folder(draft: Path, folder: Path) -> None:
     old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
     if folder.exists():
         os.rename(folder, old)
-    os.rename(draft, folder)
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

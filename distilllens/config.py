@@ -306,7 +306,24 @@ def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
 
 def dump_config(config: Any) -> str:
     """Returns a configuration as YAML; ``--config`` with it gives an equal configuration."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        dataclasses.asdict(config), Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True
+    )
+
+
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes texts that a reader could take for numbers: 1e-4, or a commit hash like 1234e56."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_QuotingDumper.add_representer(str, _represent_text)
 
 
 def parse_wall_time(text: str) -> float:

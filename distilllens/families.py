@@ -129,11 +129,9 @@ def capture_blocks(parts: ModelParts, layers: Collection[int]) -> Iterator[dict[
         under gradient checkpointing: the hook stores the block's own output and computes nothing.
     """
     captured: dict[int, Tensor] = {}
-    open_for_writing = [True]
 
     def store(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
-        if open_for_writing:  # recomputation in the backward pass comes by again
-            captured[layer] = output if isinstance(output, Tensor) else output[0]
+        captured[layer] = output if isinstance(output, Tensor) else output[0]
 
     handles = [
         parts.blocks[i - 1].register_forward_hook(
@@ -144,7 +142,6 @@ def capture_blocks(parts: ModelParts, layers: Collection[int]) -> Iterator[dict[
     try:
         yield captured
     finally:
-        open_for_writing.clear()
         for handle in handles:
             handle.remove()
 

@@ -23,7 +23,6 @@ from transformers import (
 
 from distilllens.config import LoraConfig, ModelConfig
 from distilllens.errors import ConfigError
-from distilllens.families import base_model
 from distilllens.libraries import quiet_libraries
 
 HUB_TIMEOUT_S = 5.0
@@ -102,11 +101,12 @@ def load_model(
     offline = _check_source(path, "config.json", revision)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
+            output_loading_info=True,
             local_files_only=offline,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -114,6 +114,13 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise _unloadable(path, error) from None
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(
+            f"cannot load {path}",
+            why=f"its weights lack {len(missing)} tensors that config.json asks for, first "
+            f"{missing[0]}; they would stay at random values",
+        )
     return model.eval()
 
 
@@ -185,10 +192,9 @@ def vocab_rows(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
     """Returns the longest sequence the model's positions allow, or None if it does not say."""
-    config = base_model(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

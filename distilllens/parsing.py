@@ -99,6 +99,8 @@ def _config_paths(argv: Sequence[str]) -> Iterator[Path]:
 
 def _yaml_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     known = _known_keys(parser)
+    sections = {key.rpartition(".")[0] for key in known if "." in key}
+    optional = _optional_keys(parser)
     problems = []
     for path in _config_paths(argv):
         if not path.is_file():
@@ -117,7 +119,27 @@ def _yaml_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
             for key in _flatten(content)
             if key not in known
         ]
+        problems += [
+            f"{path}: {section} must be a mapping of keys, got {value!r:.40}"
+            for section, value in _scalars(content)
+            if section in sections and not (value is None and section in optional)
+        ]
     return problems
+
+
+def _optional_keys(parser: ArgumentParser) -> set[str]:
+    """Returns the keys that may be null."""
+    hints = {a.dest: get_args(getattr(a, "_typehint", None)) for a in parser._actions}
+    return {key for key, parts in hints.items() if type(None) in parts}
+
+
+def _scalars(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every dotted key whose value is no mapping."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -102,7 +102,7 @@ def create_run_folder(path: str) -> RunFolder:
         probe = folder.root / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise StorageError(
             f"run.output_dir={path} cannot be written",
             why=str(error),

@@ -49,10 +49,11 @@ from distilllens.trainer import Trainer
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Trains as the arguments say and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    debug = any(argument.startswith("--debug") for argument in arguments)
     folder = None  # until it is known to be ours to write into
     try:
         config = load_config(arguments)
+        debug = config.debug
         quiet_libraries()
         if config.dry_run:
             dry_run(config)

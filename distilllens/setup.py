@@ -21,6 +21,7 @@ from distilllens.layers import LayerPair, build_layer_pairs
 from distilllens.lens import LogitLens
 from distilllens.models import (
     check_same_tokens,
+    context_length,
     load_model_config,
     load_student,
     load_teacher,
@@ -136,9 +137,10 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
     path = Path(config.deepspeed)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError as error:
         raise ConfigError(
-            f"deepspeed={path}: no such file", fix="see configs/deepspeed/ for what there is"
+            f"deepspeed={path}: {(error.strerror or str(error)).lower()}",
+            fix="see configs/deepspeed/ for what there is",
         ) from None
     except ValueError as error:
         raise ConfigError(f"deepspeed={path}: not JSON", why=str(error)) from None
@@ -193,7 +195,21 @@ def load_data(plan: Plan) -> PreparedData:
             )
         distributed.barrier()
     assert data is not None
+    _check_positions(plan, data)
     return data
+
+
+def _check_positions(plan: Plan, data: PreparedData) -> None:
+    """Refuses records that are longer than a model's positions."""
+    longest = max(data.stats[part]["longest"] for part in ("train", "dev"))
+    models = {"student": plan.student_config, "teacher": plan.teacher_config}
+    for role, config in models.items():
+        positions = None if config is None else context_length(config)
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"the longest record has {longest} tokens, the {role} has {positions} positions",
+                fix=f"--data.max_length {positions} cuts longer answers",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

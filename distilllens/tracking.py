@@ -57,7 +57,7 @@ class Tracker:
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._log = log_path.open("a", encoding="utf-8")
         self._log_console = Console(file=self._log, width=120, force_terminal=False)
-        self._wandb = _start_wandb(wandb_mode, wandb_settings or {})
+        self._wandb = _Wandb(wandb_mode, wandb_settings or {})
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._start = (time.monotonic(), 0)
@@ -75,8 +75,7 @@ class Tracker:
             return
         if self._progress is not None:
             self._progress.stop()
-        if self._wandb is not None:
-            _guard_wandb(self._wandb.finish, exit_code=0 if error is None else 1)
+        self._wandb.finish(0 if error is None else 1)
         self._metrics.close()
         self._log.close()
 
@@ -84,7 +83,8 @@ class Tracker:
         """Shows a line or a table on the screen and in log.txt."""
         if self.active:
             console = self._progress.console if self._progress is not None else self.console
-            console.print(content, markup=False)  # a path may hold brackets
+            # No markup, as a path may hold brackets; no wrapping, which would cut a path in two.
+            console.print(content, markup=False, soft_wrap=isinstance(content, str))
             self._log_console.print(content, markup=False)
             self._log.flush()
 
@@ -124,8 +124,7 @@ class Tracker:
         line = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **metrics}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        if self._wandb is not None:
-            _guard_wandb(self._wandb.log, dict(metrics), step=step)
+        self._wandb.log(metrics, step)
         text = describe(metrics)
         if self._progress is not None and "train/loss" in metrics:
             self._progress.update(self._task, numbers=text)
@@ -166,26 +165,38 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-def _start_wandb(mode: WandbMode, settings: Mapping[str, Any]) -> Any:
-    """Starts Weights & Biases, or says once why not; None when off."""
-    if mode == "disabled":
-        return None
-    return _guard_wandb(_init_wandb, mode, settings)
+class _Wandb:
+    """Weights & Biases, if asked for; what goes wrong there is one warning, never the run's end."""
 
+    def __init__(self, mode: WandbMode, settings: Mapping[str, Any]) -> None:
+        self._run: Any = None
+        if mode == "disabled":
+            return
+        try:
+            import wandb  # takes a second, and only this choice needs it
 
-def _init_wandb(mode: WandbMode, settings: Mapping[str, Any]) -> Any:
-    import wandb  # takes a second, and only this choice needs it
+            quick = wandb.Settings(init_timeout=10)
+            self._run = wandb.init(mode=mode, settings=quick, **settings)
+        except Exception as error:
+            self._give_up(error)
 
-    return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=10), **settings)
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(dict(metrics), step=step)
+        except Exception as error:
+            self._give_up(error)
 
+    def finish(self, exit_code: int) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._give_up(error)
 
-def _guard_wandb(call: Any, *arguments: Any, **options: Any) -> Any:
-    """Calls Weights & Biases; whatever goes wrong there is a warning here, never the run's end."""
-    try:
-        return call(*arguments, **options)
-    except Exception as error:
-        logger.warning(
-            "wandb: %s; training goes on",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
-        )
-        return None
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        logger.warning("wandb: %s; training goes on without it", reason)

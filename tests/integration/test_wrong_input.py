@@ -230,7 +230,6 @@ def test_a_missing_adapter(workspace: Workspace, capsys: pytest.CaptureFixture[s
     assert "gone not found" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="found by the embedding, as an IndexError, in mid-training")
 def test_records_longer_than_the_positions(workspace: Workspace) -> None:
     """The tiny models know 128 positions, data.max_length allows 512 tokens."""
     lines = raw_lines(workspace)

@@ -166,7 +166,7 @@ class BrokenWandb:
         ("nowhere", ["Settings", "init", "log", "log", "finish"]),
         ("Settings", ["Settings"]),
         ("init", ["Settings", "init"]),
-        ("log", ["Settings", "init", "log", "log", "finish"]),
+        ("log", ["Settings", "init", "log"]),
         ("finish", ["Settings", "init", "log", "log", "finish"]),
     ],
 )
@@ -186,7 +186,9 @@ def test_wandb_never_stops_a_run(
     assert broken.calls == calls
     told = {record.getMessage() for record in caplog.records}
     assert told == (
-        set() if fails_at == "nowhere" else {f"wandb: {fails_at} broke; training goes on"}
+        set()
+        if fails_at == "nowhere"
+        else {f"wandb: {fails_at} broke; training goes on without it"}
     )
 
 
