@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrain
 
 from distilllens.data.skill_kinds import KINDS
 from distilllens.data.skills import SkillSet, train_skill_tokenizer, write_skills
+from distilllens.libraries import quiet_libraries
 from distilllens.parsing import parse_arguments
 
 POSITIONS = 256
@@ -74,6 +75,7 @@ def skills_main(argv: Sequence[str] | None = None) -> int:
         DataError: More records asked for than there are different prompts.
     """
     config = parse_arguments(SkillsConfig, argv, prog="-m distilllens skills")
+    quiet_libraries()
     console = Console()
     skills = write_skills(
         config.out, seed=config.seed, train=config.train, dev=config.dev, test=config.test

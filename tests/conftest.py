@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -31,6 +32,8 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+# Shapes and dtypes in annotations are checked here, and only here.
+install_import_hook(["distilllens.divergence", "distilllens.fused"], "beartype.beartype")
 # The first vectorised log of a process is sometimes wrong by 4e-5 (pytorch issue 188792).
 torch.log(torch.rand(4096) + 0.5)
 torch.exp(torch.rand(4096))
