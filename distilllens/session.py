@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 from distilllens import distributed
 from distilllens.checkpoint import check_same_config, find_state, saved_states
 from distilllens.config import TrainConfig, dump_config, load_config
+from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import EXIT_BUG, EXIT_OK, UserError
 from distilllens.layers import layer_table
@@ -92,6 +93,8 @@ def claim_folder(config: TrainConfig) -> tuple[RunFolder, Path | None]:
 
 def dry_run(config: TrainConfig) -> None:
     """Checks everything that can be checked without weights, and tells what would happen."""
+    if not distributed.is_main():
+        return
     console = Console()
     plan = plan_run(config)
     world_size = distributed.environment_world_size()
@@ -100,6 +103,13 @@ def dry_run(config: TrainConfig) -> None:
     for content in describe_plan(plan, data, steps):
         console.print(content)
     sample = data.train[0]
+    records = list(data.train.select(range(config.optim.micro_batch_size)))
+    batch = collate(records, pad_id=plan.tokenizer.eos_token_id)
+    size, length = batch.input_ids_BT.shape
+    console.print(
+        f"first micro-batch: {size} records padded to {length} tokens, "
+        f"{batch.num_tokens} response tokens"
+    )
     console.rule("first record")
     console.print(plan.tokenizer.decode(sample["prompt_ids"]), markup=False, highlight=False)
     console.print(plan.tokenizer.decode(sample["response_ids"]), markup=False, highlight=False)

@@ -11,10 +11,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -172,6 +173,14 @@ def tiny_qwen2() -> Callable[..., Qwen2ForCausalLM]:
         return Qwen2ForCausalLM(config).eval()
 
     return build
+
+
+@pytest.fixture
+def users_view() -> Iterator[None]:
+    """Switches the annotations' checks off, as they are for users, to reach the errors behind."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 WORDS = ("red", "blue", "green", "cat", "dog", "house", "tree", "seven", "nine", "apple")

@@ -126,7 +126,13 @@ def test_dry_run_tells_and_writes_no_run(
 ) -> None:
     assert main([*workspace.flags(), "--dry_run"]) == 0
     told = capsys.readouterr().out
-    for text in ("lens: layer pairs", "8 steps of 8 records", "### Response:", "teacher weights"):
+    for text in (
+        "lens: layer pairs",
+        "8 steps of 8 records",
+        "first micro-batch: 8 records",
+        "### Response:",
+        "teacher weights",
+    ):
         assert text in told
     assert not (workspace.root / "run").exists()
 

@@ -162,7 +162,7 @@ def test_bounds_and_symmetry(seed: int, scale: float, vocab: int) -> None:
     assert (value("tvd", teacher, student) <= 1 + 1e-6).all()
 
 
-def test_refusals() -> None:
+def test_refusals(users_view: None) -> None:
     teacher, student = random_logits(8)
     with pytest.raises(ValueError, match="unknown divergence 'kl'; known: fkl, rkl"):
         value("kl", teacher, student)

@@ -351,7 +351,7 @@ def test_second_backward_is_refused() -> None:
         loss.backward()
 
 
-def test_refusals() -> None:
+def test_refusals(users_view: None) -> None:
     case = Case.make(4, 20)
     with pytest.raises(ValueError, match="unknown divergence"):
         fused(case, "kl")
