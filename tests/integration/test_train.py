@@ -300,3 +300,14 @@ def test_padded_teacher_vocabulary_is_cut(
     teacher.save_pretrained(workspace.root / "teacher")
     assert main(workspace.flags("--optim.max_steps", "2")) == 0
     assert "teacher vocabulary 320 cut to 300 (padding, no tokens)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_zero_stages_train_and_export_the_same(workspace: Workspace, stage: int) -> None:
+    for zero in (1, stage):
+        deepspeed = workspace.deepspeed(zero)
+        assert main(workspace.flags("--deepspeed", deepspeed, out=f"stage{zero}")) == 0
+    one, other = (weights(workspace.root / f"stage{zero}/best") for zero in (1, stage))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
