@@ -101,12 +101,9 @@ class Tracker:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
                 console=self.console,
             )
-            self._task = self._progress.add_task(
-                "train", total=self.total_steps, completed=step, numbers=""
-            )
+            self._task = self._progress.add_task("train", total=self.total_steps, completed=step)
             self._progress.start()
 
     def advance(self, step: int) -> None:
@@ -126,13 +123,12 @@ class Tracker:
         self._metrics.flush()
         self._wandb.log(metrics, step)
         text = describe(metrics)
-        if self._progress is not None and "train/loss" in metrics:
-            self._progress.update(self._task, numbers=text)
-        elif self._progress is None:
-            self.console.print(self._plain_line(text, step), highlight=False, soft_wrap=True)
-        else:
-            self._progress.console.print(text, highlight=False)
-        self._log.write(self._plain_line(text, step) + "\n")
+        plain = self._plain_line(text, step)
+        if self._progress is None:
+            self.console.print(plain, highlight=False, soft_wrap=True)
+        else:  # above the bar, which has the time left
+            self._progress.console.print(f"step {step}  {text}", highlight=False, soft_wrap=True)
+        self._log.write(plain + "\n")
         self._log.flush()
 
     def _plain_line(self, text: str, step: int) -> str:
