@@ -18,6 +18,7 @@ from distilllens.errors import (
     ConfigError,
     DataError,
     UserError,
+    leave_code,
 )
 from distilllens.evaluation.protocol import evaluate_checkpoint
 
@@ -34,15 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         everywhere = isinstance(error, (ConfigError, DataError, CheckpointError))
         if not everywhere or os.environ.get("RANK", "0") == "0":
             _show(error.format(), arguments)
-        return error.exit_code
+        return leave_code(error.exit_code)
     except KeyboardInterrupt:
         _show("interrupted; the same command goes on with what is not finished", arguments)
-        return EXIT_INTERRUPTED
+        return leave_code(EXIT_INTERRUPTED)
     except Exception as error:
         what = str(error).partition("\n")[0]
         bug = UserError(f"{type(error).__name__}: {what}", fix="--debug shows the traceback")
         _show(bug.format(), arguments)
-        return EXIT_BUG
+        return leave_code(EXIT_BUG)
     return EXIT_OK
 
 

@@ -5,9 +5,23 @@ Anything else that escapes ``main`` is a bug of ours and ends with exit code 1.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_TIME_LIMIT = 75
+
+
+CODE_FILE = "DISTILLLENS_CODE_FILE"
+"""Variable by which a launch script names a file for the exit code: torchrun turns all into 1."""
+
+
+def leave_code(code: int) -> int:
+    """Writes the exit code where the launch script looks for it, on the first process."""
+    if (path := os.environ.get(CODE_FILE)) and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(str(code), encoding="utf-8")
+    return code
 
 
 class UserError(ValueError):

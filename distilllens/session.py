@@ -20,7 +20,7 @@ from distilllens.checkpoint import check_same_config, find_state, saved_states
 from distilllens.config import TrainConfig, dump_config, load_config
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import EXIT_BUG, EXIT_OK, UserError
+from distilllens.errors import EXIT_BUG, EXIT_OK, UserError, leave_code
 from distilllens.layers import layer_table
 from distilllens.libraries import quiet_libraries
 from distilllens.memory import count_parameters, estimate_memory, memory_table
@@ -256,7 +256,7 @@ def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
         traceback.print_exception(error)
     if distributed.is_main():
         print(message, file=sys.stderr, flush=True)
-    return code
+    return leave_code(code)
 
 
 def _write_end(folder: RunFolder, error: Exception, code: int, message: str) -> None:

@@ -12,7 +12,7 @@ launch_train() { launch "$(value_of --run.output_dir "$@")" train.py "$@"; }
 launch_evaluate() { launch "$(value_of --output_dir "$@")" evaluate.py "$@"; }
 
 launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the run's own exit code
-  local status="$1/status.json" begin child waiting=1 code=0
+  local status="$1/status.json" begin child left own waiting=1 code=0
   # Threads that wait must sleep: spinning on shared cores makes a step up to ten times longer.
   local command=(env "OMP_NUM_THREADS=$(count_threads "$processes")" "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
   if [[ -n "${NNODES:-}" ]]; then
@@ -29,8 +29,8 @@ launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the ru
     echo "error: the Python packages are missing; bash scripts/setup.sh installs them into .venv" >&2
     return 2
   fi
-  begin=$(date +%s)
-  (trap - INT && exec "${command[@]}") & # in the background, so that a SIGTERM can be handed on
+  begin=$(date +%s) left=$(mktemp) # left: for the exit code, which torchrun turns into 1
+  (trap - INT && DISTILLLENS_CODE_FILE="$left" exec "${command[@]}") & # in the background, so that a SIGTERM can be handed on
   child=$!
   trap 'waiting=1; kill -TERM "$child" 2>/dev/null || true' TERM
   trap 'waiting=1' INT # Ctrl-C reaches the child by itself
@@ -39,7 +39,8 @@ launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the ru
     wait "$child" && code=0 || code=$?
   done
   trap - TERM INT
-  ((code == 0)) || code=$(python scripts/lib/own_code.py "$status" "$begin" "$code")
+  own=$(<"$left") && rm -f "$left"
+  ((code == 0)) || code=${own:-$(python scripts/lib/own_code.py "$status" "$begin" "$code")}
   return "$code"
 }
 

@@ -52,7 +52,7 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def run(root: Path, command: str, *flags: str) -> str:
+def run(root: Path, command: str, *flags: str, code: int = 0) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", command, *flags],
@@ -62,7 +62,7 @@ def run(root: Path, command: str, *flags: str) -> str:
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
 
@@ -89,3 +89,9 @@ def test_train_all_and_run_eval(tree: Path) -> None:
         assert result["metrics"]["num"] == 5
         assert 0 <= result["metrics"]["rougeL"] <= 100
         assert len((scored / name / "samples.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_wrong_flag_keeps_its_code_under_torchrun(tree: Path) -> None:
+    """torchrun itself ends with 1 whatever happens."""
+    told = run(tree, "scripts/gpt2/distill_lens/train_all.sh", "--optim.lrr", "1", code=2)
+    assert told.count("unknown flag --optim.lrr (did you mean optim.lr?)") == 1
