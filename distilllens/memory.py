@@ -25,6 +25,7 @@ def estimate_memory(plan: Plan, world_size: int) -> dict[str, float]:
         world_size: Number of processes.
     """
     stage = plan.zero_stage
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = {kind: world_size if stage >= level else 1 for kind, level in ZERO_LEVELS.items()}
     size = torch.finfo(plan.dtype).bits // 8
     student = count_parameters(plan.student_config)
@@ -38,7 +39,7 @@ def estimate_memory(plan: Plan, world_size: int) -> dict[str, float]:
         "activations": _activation_bytes(plan, size),
         "loss": 4.0
         * (
-            2 * default_chunk_rows(plan.vocab_size, torch.device("cpu")) * plan.vocab_size
+            2 * default_chunk_rows(plan.vocab_size, device) * plan.vocab_size
             + text.vocab_size * text.hidden_size
         ),
     }

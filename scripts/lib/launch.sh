@@ -13,7 +13,7 @@ launch_evaluate() { launch "$(value_of --output_dir "$@")" evaluate.py "$@"; }
 
 launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the run's own exit code
   local status="$1/status.json" begin child left own waiting=1 code=0
-  # Threads that wait must sleep: spinning on shared cores makes a step up to ten times longer.
+  # Threads that wait must sleep: where cores are shared, spinning at least doubled the time of a step.
   local command=(env "OMP_NUM_THREADS=$(count_threads "$processes")" "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
   if [[ -n "${NNODES:-}" ]]; then
     command+=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" --nproc_per_node "$processes"

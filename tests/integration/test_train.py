@@ -271,8 +271,9 @@ def test_gradient_checkpointing_changes_nothing(workspace: Workspace) -> None:
         torch.testing.assert_close(plain[name], recomputed[name], rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16(workspace: Workspace) -> None:
-    assert main(workspace.flags("--deepspeed", workspace.deepspeed(1, "bf16"))) == 0
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16(workspace: Workspace, stage: int) -> None:
+    assert main(workspace.flags("--deepspeed", workspace.deepspeed(stage, "bf16"))) == 0
     train = [m for m in metrics_of(workspace.root / "run") if "train/loss" in m]
     assert train[-1]["train/loss"] < train[0]["train/loss"]
     exported = weights(workspace.root / "run/best")
