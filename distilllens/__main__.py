@@ -14,6 +14,11 @@ COMMANDS = {
         "make_student_main",
         "cut a student out of a teacher",
     ),
+    "cache-teacher": (
+        "distilllens.cache_teacher",
+        "cache_teacher_main",
+        "store the teacher's hidden states once, for trainings that then read them",
+    ),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 

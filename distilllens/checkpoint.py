@@ -261,10 +261,10 @@ def check_same_config(state: Path, config: TrainConfig) -> None:
 
 
 def _course(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens the options that shape a run; where and how it is watched does not."""
+    """Flattens the options that shape a run; how it is watched and where a cache lies do not."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if prefix == "" and name in ("run", "tracking", "dry_run", "debug"):
+        if prefix + name in ("run", "tracking", "dry_run", "debug", "model.teacher_cache"):
             continue
         if isinstance(value, dict):
             flat |= _course(value, f"{prefix}{name}.")

@@ -69,6 +69,13 @@ class ModelConfig:
     """Attention implementation of both models; auto: what transformers chooses."""
     gradient_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass: less memory, about a third slower."""
+    compile: bool = False
+    """Compile the blocks of both models with torch.compile; costs a minute or so at the start."""
+    teacher_cache: str | None = None
+    """Folder of the teacher's hidden states, made by `python -m distilllens cache-teacher` with
+    the same options; training then reads them and never runs the teacher."""
+    teacher_cache_bits: Literal[8, 16, 32] = 16
+    """Stored as float32, bfloat16, or 8 bits with one scale per row."""
     student_lora: LoraConfig | None = None
     """Train an adapter instead of all weights; exports are merged."""
     teacher_lora: str | None = None
@@ -95,8 +102,11 @@ class DataConfig:
     """Use only the first N training records; default: all."""
     bad_lines: Literal["error", "skip"] = "error"
     """What a broken record does: stop with file and line, or skip it and count."""
-    group_by_length: bool = False
+    group_by_length: bool = True
     """Batches of similar length: less padding, the same records in each epoch."""
+    packing: bool = False
+    """Records of a micro-batch share rows instead of being padded to the longest; attention stays
+    within each record. Needs a model whose attention knows position ids (sdpa, flash)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,13 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def min_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the smallest value of all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return tensor
+
+
 def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
     """Adds a few Python numbers over all processes, in float64."""
     if world_size() == 1:

@@ -147,7 +147,10 @@ def capture_blocks(parts: ModelParts, layers: Collection[int]) -> Iterator[dict[
 
 
 def run_body(
-    parts: ModelParts, input_ids_BT: Tensor, layers: Collection[int] = ()
+    parts: ModelParts,
+    input_ids_BT: Tensor,
+    layers: Collection[int] = (),
+    position_ids_BT: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Runs a model without its head.
 
@@ -158,13 +161,26 @@ def run_body(
         parts: Of the model.
         input_ids_BT: Token ids (int64), padded on the right.
         layers: Blocks whose raw output is wanted, counted from 1.
+        position_ids_BT: Only for records packed into rows; where they do not go on by 1,
+            transformers starts another sequence, and attention does not cross the border.
 
     Returns:
         ``final_BTD``, which enters the head, and ``hidden_BTD`` by layer, not normed.
     """
     with capture_blocks(parts, layers) as captured:
-        output = parts.body(input_ids=input_ids_BT, use_cache=False)
+        positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+        output = parts.body(input_ids=input_ids_BT, use_cache=False, **positions)
     return output.last_hidden_state, captured
+
+
+def compile_blocks(parts: ModelParts) -> None:
+    """Has torch.compile compile each block's computation, lengths kept dynamic.
+
+    Blocks are alike, so one is compiled for all. Their ``forward`` is compiled and not the call,
+    so that hooks and gradient checkpointing stay outside and work as without.
+    """
+    for block in parts.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def gather_rows(hidden_BTD: Tensor, rows_N: Tensor) -> Tensor:

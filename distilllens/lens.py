@@ -87,8 +87,7 @@ class LogitLens:
                 f"a model of family {model.config.model_type!r} gives logits that are not finite",
                 why="its weights hold NaN or infinities, or overflow in this dtype",
             )
-        tolerance = SELF_CHECK_TOLERANCE.get(next(model.parameters()).dtype, 0.05)
-        if not error <= tolerance:  # NaN fails too
+        if not error <= self._tolerance():  # NaN fails too
             raise ConfigError(
                 f"the logit lens of family {model.config.model_type!r} differs from the model's "
                 f"own logits by {error:.2g} of the largest one",
@@ -98,3 +97,45 @@ class LogitLens:
                 fix="teach distilllens/families.py this family",
             )
         return error
+
+    @torch.no_grad()
+    def packing_check(self, input_ids_BT: Tensor) -> float:
+        """Proves that records packed into one row do not see each other.
+
+        Args:
+            input_ids_BT: A few token ids of one record (int64).
+
+        Returns:
+            The largest difference between the record's last hidden states alone and packed behind
+            another one, relative to the largest.
+
+        Raises:
+            ConfigError: They differ: this model's attention does not go by the position ids.
+        """
+        model = base_model(self.model)
+        was_training = model.training
+        model.eval()
+        try:
+            alone_BTD, _ = run_body(self.parts, input_ids_BT)
+            positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
+            packed_BTD, _ = run_body(
+                self.parts,
+                torch.cat([input_ids_BT.flip(1), input_ids_BT], dim=1),
+                position_ids_BT=torch.cat([positions_BT, positions_BT], dim=1),
+            )
+        finally:
+            model.train(was_training)
+        second_BTD = packed_BTD[:, input_ids_BT.shape[1] :].double()
+        error = ((second_BTD - alone_BTD).abs().max() / alone_BTD.abs().max()).item()
+        if not error <= self._tolerance():
+            raise ConfigError(
+                f"data.packing: attention of family {model.config.model_type!r} with "
+                f"{model.config._attn_implementation!r} crosses the records of a row",
+                why=f"hidden states of a record differ by {error:.2g} behind another one",
+                fix="--data.packing false, or another --model.attention",
+            )
+        return error
+
+    def _tolerance(self) -> float:
+        dtype = next(base_model(self.model).parameters()).dtype
+        return SELF_CHECK_TOLERANCE.get(dtype, 0.05)

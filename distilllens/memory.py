@@ -45,7 +45,11 @@ def estimate_memory(plan: Plan, world_size: int) -> dict[str, float]:
     }
     if plan.teacher_config is not None:
         teacher_size = torch.finfo(plan.teacher_dtype).bits // 8
-        estimate["teacher weights"] = count_parameters(plan.teacher_config) * teacher_size
+        if plan.config.model.teacher_cache is None:
+            estimate["teacher weights"] = count_parameters(plan.teacher_config) * teacher_size
+        else:
+            teacher = plan.teacher_config.get_text_config()
+            estimate["teacher head"] = teacher.vocab_size * teacher.hidden_size * teacher_size
     return {name: value / GIGA for name, value in estimate.items()}
 
 

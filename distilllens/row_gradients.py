@@ -24,7 +24,11 @@ from distilllens.divergence import (
 
 
 def log_softmax_(logits_nV: Tensor) -> Tensor:
-    """Turns logits into log-probabilities in place, with `LOG_FLOOR` in place of −inf."""
+    """Turns logits into log-probabilities in place, with `LOG_FLOOR` in place of −inf.
+
+    The maximum goes first: GPT-2's logits lie around −100, where float32 rounds log Σ exp to 8e-6.
+    """
+    logits_nV -= logits_nV.amax(-1, keepdim=True)
     logits_nV -= logits_nV.logsumexp(-1, keepdim=True)
     return logits_nV.clamp_(min=LOG_FLOOR)
 

@@ -38,6 +38,7 @@ from distilllens.setup import (
     Plan,
     StepCount,
     build_module,
+    build_teacher,
     count_steps,
     load_data,
     plan_run,
@@ -129,6 +130,7 @@ def describe_plan(plan: Plan, data: PreparedData, steps: StepCount) -> list[Rend
             f"teacher {config.model.teacher} "
             f"({numerize(count_parameters(plan.teacher_config))} parameters, "
             f"{num_blocks(plan.teacher_config)} blocks, {plan.teacher_dtype})"
+            + (f", rows read from {cache}" if (cache := config.model.teacher_cache) else "")
         )
     lines += plan.notes
     if plan.pairs and plan.teacher_config is not None:
@@ -195,7 +197,8 @@ def build_trainer(
         for content in describe_plan(plan, data, steps):
             tracker.say(content)
         tracker.say("loading weights …")
-        module, teacher = build_module(plan, device, data.train[0]["prompt_ids"][:16])
+        teacher, head = build_teacher(plan, data, device)
+        module = build_module(plan, data, device, head)
         with stop.listening():
             yield Trainer(
                 plan,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distilllens import distributed
+from distilllens.chunks import Unembedding
 from distilllens.config import TrainConfig
 from distilllens.data.tokenize import PreparedData, prepare_dataset
 from distilllens.errors import ConfigError, DataError
-from distilllens.families import no_decay_parameters
+from distilllens.families import compile_blocks, no_decay_parameters
 from distilllens.layers import LayerPair, build_layer_pairs
 from distilllens.lens import LogitLens
 from distilllens.models import (
@@ -32,6 +32,7 @@ from distilllens.models import (
 )
 from distilllens.objective import DistillationObjective
 from distilllens.student import DistillationModule, Teacher
+from distilllens.teacher_cache import CachedTeacher, open_teacher_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS_IN_DEEPSPEED = (
@@ -247,39 +248,78 @@ def count_steps(config: TrainConfig, num_records: int, world_size: int) -> StepC
     )
 
 
+def build_teacher(
+    plan: Plan, data: PreparedData, device: torch.device
+) -> tuple[Teacher | CachedTeacher | None, Unembedding | None]:
+    """Loads the teacher, or opens its stored rows; returns it and its head on ``device``.
+
+    Raises:
+        ConfigError: Weights cannot be loaded, the lens does not give the model's own logits, or
+            the stored rows are not of this teacher and data.
+        CheckpointError: Stored rows are damaged.
+    """
+    if plan.teacher_config is None:
+        return None, None
+    layers = [pair.teacher for pair in plan.objective.pairs]
+    if plan.config.model.teacher_cache is not None:
+        cached = open_teacher_cache(
+            plan.config,
+            teacher_config=plan.teacher_config,
+            teacher_dtype=plan.teacher_dtype,
+            teacher_layers=layers,
+            data=data,
+        )
+        return cached, cached.unembedding(device)
+    teacher = run_teacher(plan, data, device)
+    return teacher, teacher.unembedding()
+
+
+def run_teacher(plan: Plan, data: PreparedData, device: torch.device) -> Teacher:
+    """Loads the teacher's weights and proves its lens.
+
+    Raises:
+        ConfigError: Weights cannot be loaded, or the lens does not give the model's own logits.
+    """
+    model: nn.Module = load_teacher(plan.config.model, dtype=plan.teacher_dtype)
+    lens = _checked_lens(model.to(device), plan, data)
+    return Teacher(lens, [pair.teacher for pair in plan.objective.pairs])
+
+
 def build_module(
-    plan: Plan, device: torch.device, check_ids: Sequence[int]
-) -> tuple[DistillationModule, Teacher | None]:
-    """Loads teacher and student, proves both lenses, and joins student and objective.
+    plan: Plan, data: PreparedData, device: torch.device, teacher_unembedding: Unembedding | None
+) -> DistillationModule:
+    """Loads the student, proves its lens, and joins student and objective.
 
     Args:
         plan: Of the run.
-        device: Where the models go.
-        check_ids: A few token ids for the lenses' self-check.
+        data: The first record serves the checks.
+        device: Where the model goes.
+        teacher_unembedding: The teacher's head, on ``device``; None without a teacher.
 
     Raises:
-        ConfigError: Weights cannot be loaded, or a lens does not give its model's own logits.
+        ConfigError: Weights cannot be loaded, or the lens does not give the model's own logits.
     """
-    model, norm = plan.config.model, plan.config.objective.lens.norm
-    check_ids_BT = torch.tensor([list(check_ids)], device=device)
-    teacher = None
-    if plan.objective.needs_teacher:
-        teacher_model: nn.Module = load_teacher(model, dtype=plan.teacher_dtype)
-        teacher_model.to(device)
-        teacher_lens = LogitLens(teacher_model, norm)
-        teacher_lens.self_check(check_ids_BT)
-        teacher = Teacher(teacher_lens, [pair.teacher for pair in plan.objective.pairs])
-    student = load_student(model, dtype=plan.dtype).to(device)
-    student_lens = LogitLens(student, norm)
-    student_lens.self_check(check_ids_BT)
-    module = DistillationModule(
+    student = load_student(plan.config.model, dtype=plan.dtype).to(device)
+    return DistillationModule(
         student,
         objective=plan.objective,
-        lens=student_lens,
-        teacher_unembedding=None if teacher is None else teacher.unembedding(),
+        lens=_checked_lens(student, plan, data),
+        teacher_unembedding=teacher_unembedding,
         vocab_size=plan.vocab_size,
     )
-    return module, teacher
+
+
+def _checked_lens(model: nn.Module, plan: Plan, data: PreparedData) -> LogitLens:
+    """Returns a model's lens after its checks; then the model is compiled, if that is asked for."""
+    lens = LogitLens(model, plan.config.objective.lens.norm)
+    check_ids = data.train[0]["prompt_ids"][:16]
+    check_ids_BT = torch.tensor([check_ids], device=next(model.parameters()).device)
+    lens.self_check(check_ids_BT)
+    if plan.config.data.packing:
+        lens.packing_check(check_ids_BT)
+    if plan.config.model.compile:
+        compile_blocks(lens.parts)
+    return lens
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -296,5 +336,5 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.optim.lr,
-        fused=torch.cuda.is_available(),
+        fused=True,  # on a CPU too: seven times as fast there, and it can refuse an update
     )

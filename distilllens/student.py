@@ -15,7 +15,13 @@ from distilllens.lens import LogitLens
 from distilllens.objective import DistillationObjective, Rows
 
 
-def lens_rows(lens: LogitLens, layers: list[int], input_ids_BT: Tensor, rows_N: Tensor) -> Rows:
+def lens_rows(
+    lens: LogitLens,
+    layers: list[int],
+    input_ids_BT: Tensor,
+    rows_N: Tensor,
+    position_ids_BT: Tensor | None = None,
+) -> Rows:
     """Runs a model's body and returns its response rows, ready for the head.
 
     Args:
@@ -23,8 +29,9 @@ def lens_rows(lens: LogitLens, layers: list[int], input_ids_BT: Tensor, rows_N: 
         layers: Blocks whose lens is wanted, counted from 1.
         input_ids_BT: Token ids (int64), padded on the right.
         rows_N: Positions in the flattened batch whose next token is a response token (int64).
+        position_ids_BT: Of packed records (int64); None: one record a row.
     """
-    final_BTD, captured = run_body(lens.parts, input_ids_BT, layers)
+    final_BTD, captured = run_body(lens.parts, input_ids_BT, layers, position_ids_BT)
     return Rows(
         final=gather_rows(final_BTD, rows_N),
         layers=[lens.normalize(gather_rows(captured[layer], rows_N)) for layer in layers],
@@ -43,9 +50,11 @@ class Teacher:
         self.lens, self.layers = lens, layers
 
     @torch.inference_mode()
-    def rows(self, input_ids_BT: Tensor, rows_N: Tensor) -> Rows:
-        """Returns the response rows [N, E] of the last and the paired blocks."""
-        return lens_rows(self.lens, self.layers, input_ids_BT, rows_N)
+    def rows(
+        self, input_ids_BT: Tensor, rows_N: Tensor, position_ids_BT: Tensor | None = None
+    ) -> Rows:
+        """Returns the response rows [N, E] of the last and the paired blocks; see `lens_rows`."""
+        return lens_rows(self.lens, self.layers, input_ids_BT, rows_N, position_ids_BT)
 
     def unembedding(self) -> Unembedding:
         """Returns the teacher's head."""
@@ -87,6 +96,7 @@ class DistillationModule(nn.Module):
         targets_N: Tensor,
         teacher: Rows | None = None,
         scale: float = 1.0,
+        position_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes the loss of one micro-batch.
 
@@ -96,13 +106,14 @@ class DistillationModule(nn.Module):
             targets_N: Those next tokens.
             teacher: The teacher's rows; None: cross entropy only (``sft``, and evaluation).
             scale: Factor of the loss.
+            position_ids_BT: Of packed records (int64); None: one record a row.
 
         Returns:
             ``loss``, float32 scalar: scale × weighted sum over the rows; and ``sums_K2``, float32,
             detached: sums of cross entropy and divergence of the final layer and of each pair.
         """
         layers = [] if teacher is None else [pair.student for pair in self.objective.pairs]
-        student = lens_rows(self.lens, layers, input_ids_BT, rows_N)
+        student = lens_rows(self.lens, layers, input_ids_BT, rows_N, position_ids_BT)
         return fused_linear_terms(
             self.objective.terms(student, teacher, targets_N, scale),
             student=self.lens.unembedding(),

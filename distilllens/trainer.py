@@ -9,9 +9,9 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -19,18 +19,20 @@ from torch import Tensor
 
 from distilllens import distributed
 from distilllens.checkpoint import TrainState, copy_model, export_model, load_state, save_state
-from distilllens.data.collate import Batch, collate
-from distilllens.data.order import epoch_batches
+from distilllens.data.collate import collate_columns
 from distilllens.data.records import read_records
-from distilllens.data.tokenize import PreparedData, record_lengths
+from distilllens.data.tokenize import PreparedData
 from distilllens.errors import NumericsError
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
+from distilllens.loader import StepBatches, StepLoader
+from distilllens.numerics_guard import NumericsGuard
 from distilllens.runs import RunFolder, write_status
 from distilllens.schedule import learning_rate
 from distilllens.setup import Plan, StepCount, build_optimizer
 from distilllens.signals import StopRequest
 from distilllens.student import DistillationModule, Teacher
+from distilllens.teacher_cache import CachedTeacher
 from distilllens.tracking import Tracker
 
 
@@ -39,7 +41,7 @@ class Totals:
     """What has been added up since the last line of metrics; stays on the device."""
 
     sums_K2: Tensor
-    tokens: float = 0.0
+    tokens: int = 0
     steps: int = 0
     data_s: float = 0.0
     start: float = 0.0
@@ -51,7 +53,7 @@ class Trainer:
     Args:
         plan: Configuration and what follows from it.
         module: Student and objective.
-        teacher: None for ``sft``.
+        teacher: One that runs, or its stored rows; None for ``sft``.
         data: Tokenised records.
         steps: Length of the run.
         folder: Of the run.
@@ -65,7 +67,7 @@ class Trainer:
         plan: Plan,
         *,
         module: DistillationModule,
-        teacher: Teacher | None,
+        teacher: Teacher | CachedTeacher | None,
         data: PreparedData,
         steps: StepCount,
         folder: RunFolder,
@@ -77,11 +79,19 @@ class Trainer:
         self.teacher, self.data, self.folder, self.tracker = teacher, data, folder, tracker
         self.device, self.stop = device, stop
         self.world_size, self.rank = distributed.world_size(), distributed.rank()
-        self.lengths = record_lengths(data.train)
+        self.loader = StepLoader(
+            plan,
+            data.train,
+            steps,
+            cache=teacher if isinstance(teacher, CachedTeacher) else None,
+            rank=self.rank,
+            world_size=self.world_size,
+            pin=device.type == "cuda",
+        )
+        optimizer = build_optimizer(module, self.config)
+        self.guard = NumericsGuard(optimizer, device)
         self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(module, self.config),
-            config=plan.deepspeed,
+            model=module, optimizer=optimizer, config=plan.deepspeed
         )
         self.module = module
         if plan.zero_stage == 3:  # the fused loss reads these weights without calling their modules
@@ -97,9 +107,11 @@ class Trainer:
         self.tracker.start(self.state.step)
         self.totals = self._new_totals()
         while self.state.step < self.steps.total_steps:
-            for micro_batches in self.epoch():
-                self.train_step(micro_batches)
+            for batches in self.epoch():
+                self.train_step(batches)
                 self.tracker.advance(self.state.step)
+                if self.device.type == "cpu" or self.is_log_due():
+                    self.refuse_non_finite()
                 if self.is_log_due():
                     self.log_metrics()
                 if self.is_evaluation_due():
@@ -111,69 +123,60 @@ class Trainer:
                 if self.state.step >= self.steps.total_steps:
                     break
 
-    def epoch(self) -> Iterator[list[Batch]]:
-        """Yields this process's micro-batches of each optimizer step left in the epoch."""
-        epoch, offset = divmod(self.state.step, self.steps.steps_per_epoch)
-        batches = epoch_batches(
-            self.lengths,
-            batch_size=self.steps.global_batch,
-            seed=self.config.run.seed,
-            epoch=epoch,
-            group_by_length=self.config.data.group_by_length,
-        )
-        size = self.config.optim.micro_batch_size
-        for batch in batches[offset:]:
-            start = time.perf_counter()
-            # A stride over the processes: a batch sorted by length gives each the same load.
-            own = batch[self.rank :: self.world_size].tolist()
-            micro_batches = [
-                self._collate(self.data.train[own[first : first + size]])
-                for first in range(0, len(own), size)
-            ]
-            self.totals.data_s += time.perf_counter() - start
-            yield micro_batches
+    def epoch(self) -> Iterator[StepBatches]:
+        """Yields what is left of the epoch, and counts the time of waiting for it."""
+        with closing(self.loader.epoch(*divmod(self.state.step, self.steps.steps_per_epoch))) as it:
+            while True:
+                start = time.perf_counter()
+                batches = next(it, None)
+                self.totals.data_s += time.perf_counter() - start
+                if batches is None:
+                    return
+                yield batches
 
-    def _collate(self, columns: dict[str, list[Any]]) -> Batch:
-        pairs = zip(columns["prompt_ids"], columns["response_ids"], strict=True)
-        pad_id = self.plan.tokenizer.eos_token_id
-        return collate([{"prompt_ids": p, "response_ids": r} for p, r in pairs], pad_id=pad_id)
+    def train_step(self, batches: StepBatches) -> None:
+        """Does one optimizer step: the mean over the response tokens of the global batch.
 
-    def train_step(self, micro_batches: list[Batch]) -> None:
-        """Does one optimizer step: the mean over the response tokens of the global batch."""
-        own_tokens = float(sum(batch.num_tokens for batch in micro_batches))
-        (tokens,) = distributed.sum_numbers([own_tokens], self.device)
+        Nothing here waits for the device.
+        """
+        count = len(batches.micro_batches)
         # DeepSpeed averages over processes and micro-batches; this factor turns that mean of sums
         # into the sum over all of them, divided by all their tokens.
-        scale = self.world_size * len(micro_batches) / max(tokens, 1.0)
-        for batch in micro_batches:
-            batch = batch.to(self.device)
-            teacher_rows = None
-            if self.teacher is not None:
-                teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N)
+        scale = self.world_size * count / max(batches.num_tokens, 1)
+        step_sums_K2 = torch.zeros_like(self.totals.sums_K2)
+        for number, micro_batch in enumerate(batches.micro_batches, start=1):
+            batch, teacher_rows = micro_batch.to(self.device)
+            positions_BT = batch.packed_positions_BT
+            if isinstance(self.teacher, Teacher):
+                teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N, positions_BT)
             loss, sums_K2 = self.engine(
-                batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows, scale
+                batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows, scale, positions_BT
             )
             self.engine.backward(loss)
-            self.totals.sums_K2 += sums_K2
-            if self.engine.is_gradient_accumulation_boundary():
-                self._refuse_non_finite()
+            step_sums_K2 += sums_K2
+            if number == count:
+                self.guard.watch(step_sums_K2, self.state.step + 1)
                 self._set_learning_rate()
             self.engine.step()
         self.state.step += 1
-        self.totals.tokens += own_tokens
+        self.totals.sums_K2 += step_sums_K2
+        self.totals.tokens += batches.num_tokens
         self.totals.steps += 1
 
-    def _refuse_non_finite(self) -> None:
-        """Stops before the update if any loss component of any process is NaN or infinite."""
-        bad = (~torch.isfinite(self.totals.sums_K2)).any().float()
-        if distributed.sum_over_ranks(bad).item() == 0:
+    def refuse_non_finite(self) -> None:
+        """Stops if any loss component of any process was NaN or infinite since the last look.
+
+        Raises:
+            NumericsError: With the step. No update was made from that step on.
+        """
+        if (step := self.guard.bad_step()) is None:
             return
         sums = distributed.sum_over_ranks(self.totals.sums_K2).tolist()
         losses = self.plan.objective.losses(sums, self.totals.tokens)
         parts = ", ".join(f"{name}={value:.4g}" for name, value in losses.items())
         kept = self.folder.latest
         raise NumericsError(
-            f"non-finite loss at step {self.state.step + 1} ({parts})",
+            f"non-finite loss at step {step} ({parts})",
             why="a loss or its logits overflowed; the update was not made",
             fix="lower --optim.lr, add --optim.warmup, or use a float32 DeepSpeed file",
             kept=str(kept) if kept.is_dir() else "no model was saved yet",
@@ -209,14 +212,13 @@ class Trainer:
         totals, self.totals = self.totals, self._new_totals()
         seconds = self.totals.start - totals.start
         sums = distributed.sum_over_ranks(totals.sums_K2.double()).tolist()
-        (tokens,) = distributed.sum_numbers([totals.tokens], self.device)
-        losses = self.plan.objective.losses(sums, tokens)
+        losses = self.plan.objective.losses(sums, totals.tokens)
         metrics = {f"train/{name}": value for name, value in losses.items()}
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         if (norm := self.engine.get_global_grad_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)
         metrics["perf/step_s"] = seconds / totals.steps
-        metrics["perf/response_tokens_per_s"] = tokens / seconds
+        metrics["perf/response_tokens_per_s"] = totals.tokens / seconds
         metrics["perf/data_wait_pct"] = 100 * totals.data_s / seconds
         metrics["perf/memory_gb"] = self._peak_memory_gb()
         self.tracker.log(metrics, step=self.state.step, epoch=self.epochs_done)
@@ -271,7 +273,9 @@ class Trainer:
         for turn in range(math.ceil(len(starts) / self.world_size)):
             number = turn * self.world_size + self.rank
             start = starts[number % len(starts)]  # all processes run equally often (ZeRO-3)
-            batch = self._collate(self.data.dev[start : start + size]).to(self.device)
+            columns = self.data.dev[start : start + size]
+            batch = collate_columns(columns, pad_id=self.plan.tokenizer.eos_token_id)
+            batch = batch.to(self.device)
             _, sums_K2 = self.engine(batch.input_ids_BT, batch.rows_N, batch.targets_N)
             if number < len(starts):
                 loss_sum += sums_K2[0, 0].item()

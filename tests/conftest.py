@@ -39,6 +39,11 @@ install_import_hook(["distilllens.divergence", "distilllens.fused"], "beartype.b
 torch.log(torch.rand(4096) + 0.5)
 torch.exp(torch.rand(4096))
 
+if os.environ.get("KERNEL_ON_CPU") == "1":  # of test_fused_kernel.py, with TRITON_INTERPRET=1
+    from distilllens import chunks
+
+    chunks.KERNEL_ON["cpu"] = True
+
 EOS = "<|endoftext|>"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real data beside the checkout, where there is any."""

@@ -149,12 +149,22 @@ def prepared_folder(data: DataConfig, family: str) -> Path:
 
 def record_lengths(table: Dataset) -> np.ndarray:
     """Returns the length in tokens of each record, prompt and response (int64)."""
-    lengths = np.zeros(len(table), dtype=np.int64)
+    return _column_lengths(table, "prompt_ids") + _column_lengths(table, "response_ids")
+
+
+def response_rows(table: Dataset) -> np.ndarray:
+    """Returns how many rows `collate` finds in each record (int64).
+
+    That is the response's length; without a prompt nothing predicts its first token.
+    """
+    prompt = _column_lengths(table, "prompt_ids")
+    return np.maximum(_column_lengths(table, "response_ids") - (prompt == 0), 0)
+
+
+def _column_lengths(table: Dataset, name: str) -> np.ndarray:
     arrow = table.with_format("arrow")[:]
-    for name in ("prompt_ids", "response_ids"):
-        chunks = [chunk.value_lengths().to_numpy() for chunk in arrow[name].chunks]
-        lengths += np.concatenate([np.zeros(0, dtype=np.int64), *chunks])
-    return lengths
+    chunks = [chunk.value_lengths().to_numpy() for chunk in arrow[name].chunks]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *chunks])
 
 
 def _check_options(data: DataConfig, dev_size: int, tokenizer: PreTrainedTokenizerBase) -> None:

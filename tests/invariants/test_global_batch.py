@@ -20,6 +20,7 @@ from gradient_worker import one_step_gradients
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
+from distilllens.cache_teacher import cache_teacher_main
 from distilllens.data.order import epoch_batches
 from distilllens.data.tokenize import record_lengths
 
@@ -35,7 +36,7 @@ def expected_gradients(workspace: Workspace) -> dict[str, torch.Tensor]:
     """0.3 CE + 0.7 (KL(q‖p) + 1.5 · mean of two JSDs), averaged over all tokens of the batch."""
     train = load_from_disk(str(workspace.root / "tokens" / "train"))
     batches = epoch_batches(
-        record_lengths(train), batch_size=8, seed=10, epoch=0, group_by_length=False
+        record_lengths(train), batch_size=8, seed=10, epoch=0, group_by_length=True
     )
     indices = batches[0].tolist()
     student = GPT2LMHeadModel.from_pretrained(workspace.root / "student").double().eval()
@@ -67,12 +68,13 @@ def _lens(model: GPT2LMHeadModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def job(
-    workspace: Workspace, micro_batch: int, accumulation: int, stage: int
+    workspace: Workspace, micro_batch: int, accumulation: int, stage: int, *more: str
 ) -> tuple[str, list[str]]:
     """Returns the file for the gradients of a case, and its command line."""
     name = f"stage{stage}-{micro_batch}x{accumulation}"
     cut = ("--optim.micro_batch_size", str(micro_batch), "--optim.accumulation", str(accumulation))
-    flags = workspace.flags(*WEIGHTS, *cut, "--deepspeed", workspace.deepspeed(stage), out=name)
+    stage_file = ("--deepspeed", workspace.deepspeed(stage))
+    flags = workspace.flags(*WEIGHTS, *cut, *more, *stage_file, out=name)
     return str(workspace.root / f"{name}.safetensors"), flags
 
 
@@ -83,14 +85,43 @@ def worst(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     )
 
 
-def one_process(workspace: Workspace, *cut: int) -> dict[str, torch.Tensor]:
-    return one_step_gradients(job(workspace, *cut)[1])
+def one_process(
+    workspace: Workspace, micro_batch: int, accumulation: int, stage: int, *more: str
+) -> dict[str, torch.Tensor]:
+    return one_step_gradients(job(workspace, micro_batch, accumulation, stage, *more)[1])
 
 
 @pytest.mark.parametrize("cut", [(8, 1, 0), (4, 2, 1), (2, 4, 0), (1, 8, 2)])
 def test_one_process_however_accumulated(workspace: Workspace, cut: tuple[int, int, int]) -> None:
     actual = one_process(workspace, *cut)
     assert worst(actual, expected_gradients(workspace)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data.packing", "true"),
+        ("--model.gradient_checkpointing", "true"),
+        ("--model.attention", "eager"),
+        pytest.param(("--model.compile", "true"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--model.compile", "true", "--model.gradient_checkpointing", "true"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=" ".join,
+)
+def test_one_process_however_computed(workspace: Workspace, flags: tuple[str, ...]) -> None:
+    actual = one_process(workspace, 4, 2, 0, *flags)
+    assert worst(actual, expected_gradients(workspace)) < TOLERANCE
+
+
+def test_cached_teacher(workspace: Workspace) -> None:
+    flags = ["--model.teacher_cache", str(workspace.root / "rows"), "--model.teacher_cache_bits=32"]
+    assert cache_teacher_main(job(workspace, 4, 2, 0, *flags)[1]) == 0
+    expected = expected_gradients(workspace)
+    (workspace.root / "teacher" / "model.safetensors").touch()  # looked at again, still the same
+    assert worst(one_process(workspace, 4, 2, 0, *flags), expected) < TOLERANCE
 
 
 def test_the_check_can_fail(workspace: Workspace) -> None:

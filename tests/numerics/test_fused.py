@@ -364,7 +364,7 @@ def test_refusals(users_view: None) -> None:
         fused(case, "fkl")
 
 
-@pytest.mark.parametrize(("vocab", "rows"), [(1_000, 4096), (50_257, 128), (400_000, 128)])
+@pytest.mark.parametrize(("vocab", "rows"), [(1_000, 4096), (50_257, 256), (400_000, 128)])
 def test_chunks_fit_a_budget(vocab: int, rows: int) -> None:
     assert default_chunk_rows(vocab, torch.device("cpu")) == rows
     assert default_chunk_rows(50_257, torch.device("cuda")) == 1_536

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from distilllens.data.collate import Batch, collate
+from distilllens.families import find_parts, gather_rows, run_body
 
 IDS = st.lists(st.integers(1, 299), max_size=9)
 SAMPLES = st.lists(
@@ -31,7 +32,7 @@ def test_by_hand() -> None:
     )
     assert batch.input_ids_BT.tolist() == [[5, 6, 7, 8, 9], [4, 3, 9, 9, 9]]
     assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 2, 2]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]
     assert batch.labels_BT.tolist() == [[-100, -100, 7, 8, 9], [-100, 3, 9, -100, -100]]
     assert batch.rows_N.tolist() == [1, 2, 3, 5, 6]
     assert batch.targets_N.tolist() == [7, 8, 9, 3, 9]
@@ -95,6 +96,69 @@ def test_padding_does_not_change_logits(family: str, request: pytest.FixtureRequ
 
     alone, together = rows(collate([short], pad_id=0)), rows(collate([short, long], pad_id=0))
     torch.testing.assert_close(together[: len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_by_hand() -> None:
+    batch = collate(
+        [
+            {"prompt_ids": [5], "response_ids": [7]},
+            {"prompt_ids": [4, 4], "response_ids": [3, 9]},
+            {"prompt_ids": [], "response_ids": [8, 6, 2]},
+        ],
+        pad_id=0,
+        row_tokens=4,  # 9 tokens: two rows
+    )
+    assert batch.input_ids_BT.tolist() == [[4, 4, 3, 9, 0], [8, 6, 2, 5, 7]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert batch.rows_N.tolist() == [8, 1, 2, 5, 6]  # record by record, as given
+    assert batch.targets_N.tolist() == [7, 3, 9, 6, 2]
+    assert batch.packed_positions_BT is batch.position_ids_BT
+
+
+@settings(deadline=None)
+@given(SAMPLES, st.integers(1, 12))
+def test_packing_moves_records_and_changes_none(
+    samples: list[dict[str, list[int]]], row_tokens: int
+) -> None:
+    plain = collate(samples, pad_id=0)
+    packed = collate(samples, pad_id=0, row_tokens=row_tokens)
+    assert plain.packed_positions_BT is None
+    assert packed.targets_N.tolist() == plain.targets_N.tolist()
+    total, longest = (max(1, int(plain.attention_mask_BT.sum())), plain.input_ids_BT.shape[1])
+    num_rows, width = packed.input_ids_BT.shape
+    assert num_rows == min(len(samples), max(1, total // row_tokens))
+    assert width <= total // num_rows + longest  # what any greedy assignment keeps
+    tokens = packed.input_ids_BT[packed.attention_mask_BT == 1].tolist()
+    assert sorted(tokens) == sorted(t for s in samples for t in s["prompt_ids"] + s["response_ids"])
+    # Each row predicts from the same token at the same position of its record.
+    for batch in (plain, packed):
+        flat = batch.input_ids_BT.flatten()
+        assert flat[batch.rows_N + 1].tolist() == batch.targets_N.tolist()
+    for name in ("input_ids_BT", "position_ids_BT"):
+        a, b = getattr(plain, name).flatten(), getattr(packed, name).flatten()
+        assert a[plain.rows_N].tolist() == b[packed.rows_N].tolist()
+
+
+@pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_llama", "tiny_qwen2"])
+def test_packing_does_not_change_hidden_rows(family: str, request: pytest.FixtureRequest) -> None:
+    parts = find_parts(request.getfixturevalue(family)())
+    samples = [
+        {"prompt_ids": list(range(5, 5 + n)), "response_ids": list(range(40, 40 + m))}
+        for n, m in [(3, 2), (1, 9), (12, 1), (4, 4), (2, 7)]
+    ]
+    rows = []
+    for row_tokens in (None, 20, 1000):
+        batch = collate(samples, pad_id=0, row_tokens=row_tokens)
+        with torch.no_grad():
+            final, captured = run_body(parts, batch.input_ids_BT, [1], batch.packed_positions_BT)
+        rows.append([gather_rows(h, batch.rows_N) for h in (final, captured[1])])
+    for packed in rows[1:]:
+        torch.testing.assert_close(packed, rows[0], atol=2e-5, rtol=1e-5)
+    # The control: without positions the records of a row do see each other.
+    with torch.no_grad():
+        final, _ = run_body(parts, batch.input_ids_BT)
+    assert (gather_rows(final, batch.rows_N) - rows[0][0]).abs().max() > 1e-2
 
 
 def test_no_response_token_at_all() -> None:

@@ -183,3 +183,52 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         model.transformer.ln_f.weight[0] = float("nan")
     with pytest.raises(ConfigError, match="gives logits that are not finite"):
         LogitLens(model).self_check(token_ids(1, 8))
+
+
+# --- Packing and compiling, which go around the model's own forward -----------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_records_do_not_see_each_other_or_are_refused(family: str) -> None:
+    lens = LogitLens(build(family))
+    ids_BT = token_ids(1, 8)
+    try:
+        assert lens.packing_check(ids_BT) < 1e-5
+    except ConfigError as error:
+        assert family == "opt" or family.startswith("opt"), error
+        assert "data.packing" in str(error)
+
+
+def test_a_model_that_ignores_position_ids_is_refused() -> None:
+    model: Any = build("llama")
+    forward = model.model.forward
+    model.model.forward = lambda *a, position_ids=None, **k: forward(*a, **k)
+    with pytest.raises(ConfigError, match="crosses the records of a row"):
+        LogitLens(model).packing_check(token_ids(1, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_compiled_blocks_give_the_same_rows_and_gradients(family: str) -> None:
+    model = build(family)
+    parts = families.find_parts(model)
+    calls = []
+
+    def rows_and_gradients(length: int) -> list[Tensor]:
+        model.zero_grad()
+        final, captured = families.run_body(parts, token_ids(2, length), [1, 2])
+        (final.square().sum() + captured[1].square().sum()).backward()
+        gradients = [p.grad.clone() for p in parts.blocks.parameters() if p.grad is not None]
+        return [final.detach(), captured[1].detach(), captured[2].detach(), *gradients]
+
+    lengths = (8, 13, 21)
+    expected = [rows_and_gradients(length) for length in lengths]
+    torch._dynamo.utils.counters.clear()
+    families.compile_blocks(parts)
+    handle = parts.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    for length, plain in zip(lengths, expected, strict=True):
+        torch.testing.assert_close(rows_and_gradients(length), plain, atol=1e-4, rtol=1e-4)
+    handle.remove()
+    assert len(calls) == len(lengths)  # hooks run outside what is compiled
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= graphs < BLOCKS * len(lengths)  # neither left alone nor compiled for each block
