@@ -10,7 +10,7 @@ that run is also their warm-up. ``--growth`` times `fused` alone over eight size
     fused               what training does: `distilllens.fused`, all layers in one call
     fused-frozen-head   the same without a gradient of the student's head
     liger               LigerFusedLinearJSDLoss of liger-kernel on the gathered rows (jsd only)
-    floor               only the matrix products of `fused`, in buffers that are there already
+    floor               only the matrix products of `fused`, by the same routines
     floor-frozen-head   only those of `fused-frozen-head`
 
 Shapes: ``P`` positions (batch × padded length), ``N`` response rows of one layer, ``n`` rows of a

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from benchmarks.harness import DTYPES, Variant
 from benchmarks.published import PUBLISHED_KINDS, published_divergence
-from distilllens.chunks import default_chunk_rows
+from distilllens.chunks import COLUMNS, default_chunk_rows
 from distilllens.divergence import DivergenceOptions, divergence
 from distilllens.fused import Term, Unembedding, fused_linear_terms
+from distilllens.products import accumulate_outer_, project, pull_back
 
 SHAPES = {
     "gpt2": (768, 1600, 50257),
@@ -198,46 +199,40 @@ def differentiate(loss: Callable[[Case], Tensor], case: Case) -> tuple[Tensor, l
 
 
 def build_floor(case: Case) -> Variant:
-    """Returns the matrix products of `fused_loss`: its chunks, dtypes and devices' rules.
-
-    Student and teacher logits in float32, the rows' gradient in the head's own dtype, the head's
-    gradient added up in float32. A CPU has no 16-bit product with a float32 result, so there the
-    float32 copies of heads and rows are made beforehand.
-    """
-    device, narrow = case.student_head_VD.device, case.student_head_VD.dtype
-    operand = torch.float32 if device.type == "cpu" else narrow
-    mixed: dict[str, Any] = {} if operand == torch.float32 else {"out_dtype": torch.float32}
+    """Returns the matrix products of `fused_loss` alone, by its own routines and in its chunks."""
     student_head, teacher_head = case.student_head_VD.detach(), case.teacher_head_VE
-    wide_student_head, wide_teacher_head = student_head.to(operand), teacher_head.to(operand)
-    rows = min(case.chunk_rows, len(case.index_N))
+    on_cpu = student_head.device.type == "cpu"
+    operands = [head.float() if on_cpu else head for head in (student_head, teacher_head)]
+    rows, vocab = min(case.chunk_rows, len(case.index_N)), len(student_head)
     chunks = [
-        (student_PD.detach()[part].to(operand), teacher_PE[part].to(operand))
+        (student_PD.detach()[part], teacher_PE[part])
         for student_PD, teacher_PE in zip(
             case.student_hidden_KPD, case.teacher_hidden_KPE, strict=True
         )
         for part in case.index_N.split(rows)
     ]
-    vocab = len(student_head)
-    student_logits, teacher_logits = torch.zeros(2, rows, vocab, device=device)
-    narrow_gradient = torch.zeros(rows, vocab, dtype=narrow, device=device)
-    gradient = narrow_gradient if mixed else student_logits
-    hidden_gradient = torch.zeros(rows, student_head.shape[1], dtype=narrow, device=device)
+    # As in `distilllens.chunks`: on a GPU in buffers whose rows are aligned.
+    width = -(-vocab // COLUMNS) * COLUMNS
+    buffers = None if on_cpu else torch.zeros(2, rows, width, device=student_head.device)
+    gradient = torch.zeros(
+        rows,
+        width,
+        dtype=torch.float32 if on_cpu else student_head.dtype,
+        device=student_head.device,
+    )[:, :vocab]
     head_gradient = None
     if case.student_head_VD.requires_grad:
-        head_gradient = torch.zeros(student_head.shape, device=device)
+        head_gradient = torch.zeros(student_head.shape, device=student_head.device)
 
     def run() -> None:
-        for student_nD, teacher_nE in chunks:
-            n = len(student_nD)
-            torch.mm(student_nD, wide_student_head.T, out=student_logits[:n], **mixed)
-            torch.mm(teacher_nE, wide_teacher_head.T, out=teacher_logits[:n], **mixed)
-            torch.mm(narrow_gradient[:n], student_head, out=hidden_gradient[:n])
-            if head_gradient is None:
-                continue
-            if mixed:
-                torch.mm(gradient[:n].T, student_nD, out=head_gradient, **mixed)
-            else:
-                head_gradient.addmm_(gradient[:n].T, student_nD)
+        for hidden in chunks:
+            n = len(hidden[0])
+            for side, (rows_nD, head_VD) in enumerate(zip(hidden, operands, strict=True)):
+                out = None if buffers is None else buffers[side, :n, :vocab]
+                project(rows_nD, head_VD, None, out=out)
+            pull_back(gradient[:n], student_head)
+            if head_gradient is not None:
+                accumulate_outer_(head_gradient, gradient[:n], hidden[0])
 
     return Variant(name="floor" if head_gradient is not None else f"floor{FROZEN}", run=run)
 

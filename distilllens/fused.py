@@ -24,10 +24,10 @@ from distilllens.chunks import (
     Term,
     Transform,
     Unembedding,
+    cut_vocabulary,
     default_chunk_rows,
     run_terms,
     wide,
-    widened_on_cpu,
     zeros_wide,
 )
 from distilllens.divergence import DivergenceOptions, check_kind
@@ -140,8 +140,8 @@ def fused_linear_terms(
     dtype = wide(student.head_VD.dtype)
     spec = Spec(
         terms=tuple(terms),
-        student=widened_on_cpu(student, vocab_size, dtype),
-        teacher=None if teacher is None else widened_on_cpu(teacher, vocab_size, dtype),
+        student=cut_vocabulary(student, vocab_size, dtype),
+        teacher=None if teacher is None else cut_vocabulary(teacher, vocab_size, dtype),
         narrow_head_VD=student.head_VD.detach()[:vocab_size],
         vocab_size=vocab_size,
         chunk_rows=chunk_rows or default_chunk_rows(vocab_size, student.head_VD.device),

@@ -2,7 +2,7 @@
 
 The gradient is taken with respect to the student's logits. With g = ∂D/∂q it is, for every kind,
 q ⊙ (g − Σ q g), so terms of g that are constant over the vocabulary drop out. Each rule works on
-one block of rows with float32 log-probabilities in which `LOG_FLOOR` stands for −inf.
+one block of rows: float32 probabilities p, q and their logarithms, with `LOG_FLOOR` for −inf.
 
 Shapes: n rows of a block, V vocabulary.
 """
@@ -10,6 +10,7 @@ Shapes: n rows of a block, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,110 +24,164 @@ from distilllens.divergence import (
 )
 
 
-def log_softmax_(logits_nV: Tensor) -> Tensor:
-    """Turns logits into log-probabilities in place, with `LOG_FLOOR` in place of −inf.
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Room for a block of rows. A fresh tensor for each step would be paid in page faults."""
 
-    The maximum goes first: GPT-2's logits lie around −100, where float32 rounds log Σ exp to 8e-6.
+    p: Tensor
+    q: Tensor
+    more: Tensor
+
+    @classmethod
+    def like(cls, logits_nV: Tensor) -> Scratch:
+        """Allocates for blocks of this shape, or of fewer rows."""
+        p, q, more = (torch.empty_like(logits_nV) for _ in range(3))
+        return cls(p=p, q=q, more=more)
+
+    def cut(self, rows: int) -> Scratch:
+        """Returns the first rows."""
+        return Scratch(p=self.p[:rows], q=self.q[:rows], more=self.more[:rows])
+
+
+def softmax_(logits_nV: Tensor, probs_nV: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log-probabilities, in place of the logits, and probabilities, in ``probs_nV``.
+
+    `LOG_FLOOR` stands for −inf. The maximum goes first: GPT-2's logits lie around −100, where
+    float32 rounds log Σ exp to 8e-6.
     """
     logits_nV -= logits_nV.amax(-1, keepdim=True)
-    logits_nV -= logits_nV.logsumexp(-1, keepdim=True)
-    return logits_nV.clamp_(min=LOG_FLOOR)
+    sum_n1 = torch.exp(logits_nV, out=probs_nV).sum(-1, keepdim=True)
+    logits_nV -= sum_n1.log()
+    return logits_nV.clamp_(min=LOG_FLOOR), probs_nV.div_(sum_n1)
 
 
 def divergence_and_gradient_(
-    kind: str, log_p: Tensor, log_q: Tensor, options: DivergenceOptions
+    kind: str,
+    log_p: Tensor,
+    p: Tensor,
+    log_q: Tensor,
+    q: Tensor,
+    options: DivergenceOptions,
+    scratch: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``value_n`` and ``gradient_nV`` of one divergence; may overwrite ``log_p`` only."""
-    value_n, gradient_nV = ROW_RULES[kind](log_p, log_q, options)
+    """Returns ``value_n`` and ``gradient_nV``; may overwrite the teacher's side and the scratch."""
+    value_n, gradient_nV = ROW_RULES[kind](log_p, p, log_q, q, options, scratch)
     return value_n.masked_fill_(value_n > INFINITE, torch.inf), gradient_nV
 
 
-def cross_entropy_and_gradient_(log_q: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns −log q[target] and q − onehot(target); overwrites ``log_q`` with the latter."""
+def cross_entropy(log_q: Tensor, targets_n: Tensor) -> Tensor:
+    """Returns −log q[target]."""
+    return -log_q.gather(1, targets_n.unsqueeze(1)).squeeze(1)
+
+
+def add_cross_entropy_gradient_(
+    gradient_nV: Tensor, q: Tensor, targets_n: Tensor, weight: float
+) -> Tensor:
+    """Adds weight · (q − onehot(target)) to a gradient."""
     column_n1 = targets_n.unsqueeze(1)
-    value_n = -log_q.gather(1, column_n1).squeeze(1)
-    gradient_nV = log_q.exp_()
-    gradient_nV.scatter_add_(1, column_n1, gradient_nV.new_full(column_n1.shape, -1.0))
-    return value_n, gradient_nV
+    gradient_nV.add_(q, alpha=weight)
+    return gradient_nV.scatter_add_(1, column_n1, gradient_nV.new_full(column_n1.shape, -weight))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+def _dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
+    """Σ a b by row; the scratch may be one of them."""
+    return torch.mul(a, b, out=scratch).sum(-1)
 
 
-def _project_(g: Tensor, q: Tensor) -> Tensor:
+def _project_(g: Tensor, q: Tensor, scratch: Tensor) -> Tensor:
     """q ⊙ (g − Σ q g), in place of g."""
-    return g.sub_(_dot(q, g).unsqueeze(1)).mul_(q)
+    return g.sub_(_dot(q, g, scratch).unsqueeze(1)).mul_(q)
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor, _: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    value_n = _dot(p, log_p.sub_(log_q))
-    return value_n, log_q.exp().sub_(p)
+def _forward_kl(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, _: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    value_n = _dot(p, log_p.sub_(log_q), scratch)
+    return value_n, torch.sub(q, p, out=p)
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor, _: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    q = log_q.exp()
+def _reverse_kl(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, _: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
     ratio = torch.sub(log_q, log_p, out=log_p)
-    value_n = _dot(q, ratio)
+    value_n = _dot(q, ratio, scratch)
     return value_n, ratio.sub_(value_n.unsqueeze(1)).mul_(q)
 
 
 def _mixed_kl(
-    log_p: Tensor, log_q: Tensor, forward_weight: Tensor | float, reverse_weight: Tensor | float
+    log_p: Tensor,
+    p: Tensor,
+    log_q: Tensor,
+    q: Tensor,
+    forward_weight: Tensor | float,
+    reverse_weight: Tensor | float,
+    scratch: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """a KL(p‖q) + b KL(q‖p); the weights are numbers or one column per row."""
-    p, q = log_p.exp(), log_q.exp()
     ratio = torch.sub(log_q, log_p, out=log_p)
-    forward_n1, reverse_n1 = -_dot(p, ratio).unsqueeze(1), _dot(q, ratio).unsqueeze(1)
+    forward_n1 = -_dot(p, ratio, scratch).unsqueeze(1)
+    reverse_n1 = _dot(q, ratio, scratch).unsqueeze(1)
     value_n1 = forward_weight * forward_n1 + reverse_weight * reverse_n1
     gradient = ratio.sub_(reverse_n1).mul_(reverse_weight).add_(forward_weight).mul_(q)
     return value_n1.squeeze(1), gradient.sub_(p.mul_(forward_weight))
 
 
-def _jeffreys(log_p: Tensor, log_q: Tensor, o: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    return _mixed_kl(log_p, log_q, o.fkl_coeff, o.rkl_coeff)
+def _jeffreys(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, o: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _mixed_kl(log_p, p, log_q, q, o.fkl_coeff, o.rkl_coeff, scratch)
 
 
-def _adaptive_kl(log_p: Tensor, log_q: Tensor, o: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    head_share_n1 = head_gap_share(p, (log_q.exp() - p).abs_(), mu=o.mu).unsqueeze(1)
-    return _mixed_kl(log_p, log_q, head_share_n1, 1 - head_share_n1)
+def _adaptive_kl(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, o: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    gap = torch.sub(q, p, out=scratch).abs_()
+    head_share_n1 = head_gap_share(p, gap, mu=o.mu).unsqueeze(1)
+    return _mixed_kl(log_p, p, log_q, q, head_share_n1, 1 - head_share_n1, scratch)
 
 
-def _jensen_shannon(log_p: Tensor, log_q: Tensor, o: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    p, q = log_p.exp(), log_q.exp()
-    log_m = torch.lerp(q, p, o.beta).clamp_(min=MIXTURE_FLOOR).log_()
-    teacher_n = _dot(p, log_p.sub_(log_m))
+def _jensen_shannon(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, o: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    log_m = torch.lerp(q, p, o.beta, out=scratch).clamp_(min=MIXTURE_FLOOR).log_()
+    teacher_n = log_p.sub_(log_m).mul_(p).sum(-1)
     ratio = torch.sub(log_q, log_m, out=log_m)
-    student_n = _dot(q, ratio)
+    student_n = _dot(q, ratio, log_p)
     value_n = o.beta * teacher_n + (1 - o.beta) * student_n
     return value_n, ratio.sub_(student_n.unsqueeze(1)).mul_(q).mul_(1 - o.beta)
 
 
-def _skewed_forward(log_p: Tensor, log_q: Tensor, o: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    p, q = log_p.exp(), log_q.exp()
-    mixture = torch.lerp(q, p, o.alpha).clamp_(min=MIXTURE_FLOOR)
-    value_n = _dot(p, log_p.sub_(mixture.log()))
-    return value_n, _project_(p.div_(mixture).mul_(o.alpha - 1), q)
+def _skewed_forward(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, o: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    mixture = torch.lerp(q, p, o.alpha, out=scratch).clamp_(min=MIXTURE_FLOOR)
+    share = torch.div(p, mixture)
+    value_n = log_p.sub_(mixture.log_()).mul_(p).sum(-1)
+    return value_n, _project_(share.mul_(o.alpha - 1), q, scratch)
 
 
-def _skewed_reverse(log_p: Tensor, log_q: Tensor, o: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    p, q = log_p.exp(), log_q.exp()
-    mixture = torch.lerp(p, q, o.alpha).clamp_(min=MIXTURE_FLOOR)
-    ratio = torch.sub(log_q, mixture.log(), out=log_p)
-    value_n = _dot(q, ratio)
-    return value_n, _project_(ratio.sub_(torch.div(q, mixture), alpha=o.alpha), q)
+def _skewed_reverse(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, o: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    mixture = torch.lerp(p, q, o.alpha, out=p).clamp_(min=MIXTURE_FLOOR)
+    share = torch.div(q, mixture, out=log_p)
+    ratio = torch.sub(log_q, mixture.log_(), out=mixture)
+    value_n = _dot(q, ratio, scratch)
+    return value_n, _project_(ratio.sub_(share, alpha=o.alpha), q, scratch)
 
 
-def _total_variation(log_p: Tensor, log_q: Tensor, _: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    q = log_q.exp()
-    gap = torch.sub(q, log_p.exp_(), out=log_p)
-    value_n = 0.5 * gap.abs().sum(-1)
-    return value_n, _project_(gap.sign_().mul_(0.5), q)
+def _total_variation(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, _: DivergenceOptions, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    gap = torch.sub(q, p, out=p)
+    value_n = 0.5 * torch.abs(gap, out=scratch).sum(-1)
+    return value_n, _project_(gap.sign_().mul_(0.5), q, scratch)
 
 
-ROW_RULES: dict[str, Callable[[Tensor, Tensor, DivergenceOptions], tuple[Tensor, Tensor]]] = {
+RowRule = Callable[
+    [Tensor, Tensor, Tensor, Tensor, DivergenceOptions, Tensor], tuple[Tensor, Tensor]
+]
+ROW_RULES: dict[str, RowRule] = {
     "fkl": _forward_kl,
     "rkl": _reverse_kl,
     "fkl+rkl": _jeffreys,

@@ -16,14 +16,15 @@ PACKAGE = ROOT / "distilllens"
 
 FLOORS = """
     libraries errors parsing config distributed signals schedule runs
-    divergence row_gradients row_kernel chunks fused families lens layers models make_student
-    data quickstart objective student teacher_cache setup memory cache_teacher loader numerics_guard
+    divergence products row_gradients row_kernel chunks fused
+    families lens layers models make_student data quickstart
+    objective student teacher_cache setup memory cache_teacher loader numerics_guard
     evaluation report tracking checkpoint trainer session
     __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""
 
-PURE = ("divergence", "row_gradients", "row_kernel", "chunks", "fused")
+PURE = ("divergence", "products", "row_gradients", "row_kernel", "chunks", "fused")
 """The mathematics: usable, and readable, without the libraries around it."""
 
 
