@@ -333,33 +333,38 @@ def _block_(
         assert term.kind is not None and spec.teacher is not None
         if spec.teacher.transform is not None:
             teacher_nV = spec.teacher.transform(teacher_nV)
-        at_temperature = logits_nV if temperature == 1 else logits_nV / temperature
-        log_q, q = softmax_(at_temperature, scratch.q)
-        log_p, p = softmax_(teacher_nV if temperature == 1 else teacher_nV / temperature, scratch.p)
+        log_q, q = softmax_(_divided(logits_nV, temperature), scratch.q)
+        log_p, p = softmax_(_divided(teacher_nV, temperature), scratch.p)
         value_n, gradient_nV = divergence_and_gradient_(
             term.kind, log_p, p, log_q, q, term.options, scratch.more
         )
         sums_2[1] = value_n.sum()
-        gradient_nV *= term.divergence_weight / temperature
     if targets_n is not None:
-        if log_q is None or q is None or temperature != 1:
+        if log_q is None or temperature != 1:
             log_q, q = softmax_(logits_nV, scratch.q)
         sums_2[0] = cross_entropy(log_q, targets_n).sum()
-        if gradient_nV is None:
-            gradient_nV = torch.zeros_like(q)
-        if term.cross_entropy_weight != 0:
-            add_cross_entropy_gradient_(gradient_nV, q, targets_n, term.cross_entropy_weight)
-    assert gradient_nV is not None, "a term has a divergence, targets or both"
-    student_nV.copy_(through_transform(gradient_nV))
+    # The student's logits are done with: their gradient takes their place.
+    if gradient_nV is None:
+        student_nV.zero_()
+    else:
+        torch.mul(gradient_nV, term.divergence_weight / temperature, out=student_nV)
+    if targets_n is not None and q is not None and term.cross_entropy_weight != 0:
+        add_cross_entropy_gradient_(student_nV, q, targets_n, term.cross_entropy_weight)
+    if through_transform is not None:
+        student_nV.copy_(through_transform(student_nV))
     return sums_2
+
+
+def _divided(logits_nV: Tensor, temperature: float) -> Tensor:
+    return logits_nV if temperature == 1 else logits_nV / temperature
 
 
 def _apply_transform(
     transform: Transform | None, raw_nV: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Returns the transformed logits (may share memory) and the way of a gradient back through."""
+) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """Returns the transformed logits and the way of a gradient back through; None: unchanged."""
     if transform is None:
-        return raw_nV, lambda gradient: gradient
+        return raw_nV, None
     if isinstance(transform, LogitTransform):
         logits_nV = transform(raw_nV)
         scale, cap = transform.scale, transform.softcap

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,23 @@ def barrier() -> None:
         dist.barrier()
 
 
+def max_over_hosts(number: int) -> int:
+    """Returns the largest of a number of each process, without waiting for a GPU."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_host_group())
+    return int(largest)
+
+
+@cache
+def _host_group() -> dist.ProcessGroup | None:
+    """Returns a group that reduces on CPUs; None: the default one does. All processes call it."""
+    if dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Adds a tensor over all processes, in place."""
     if world_size() > 1:
@@ -124,4 +142,5 @@ def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
 def shutdown() -> None:
     """Leaves the process group; a group of one is kept for the next run in this process."""
     if world_size() > 1:
+        _host_group.cache_clear()
         dist.destroy_process_group()

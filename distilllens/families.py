@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from distilllens.chunks import LogitTransform
 from distilllens.errors import ConfigError
@@ -167,10 +167,30 @@ def run_body(
     Returns:
         ``final_BTD``, which enters the head, and ``hidden_BTD`` by layer, not normed.
     """
-    with capture_blocks(parts, layers) as captured:
+    packed = position_ids_BT is not None
+    with capture_blocks(parts, layers) as captured, _sequences_told(packed=packed):
         positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
         output = parts.body(input_ids=input_ids_BT, use_cache=False, **positions)
     return output.last_hidden_state, captured
+
+
+@contextmanager
+def _sequences_told(*, packed: bool) -> Iterator[None]:
+    """Tells transformers whether rows hold several records.
+
+    It would look for jumps in the position ids, also in its own 0, 1, 2 …, and read the answer
+    back from the GPU: the host would wait once in each forward pass for all work queued before.
+    """
+
+    def sequences(position_ids: Tensor) -> Tensor | None:
+        return (position_ids == 0).cumsum(-1) if packed else None
+
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = sequences
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def compile_blocks(parts: ModelParts) -> None:

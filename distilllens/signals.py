@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
 from distilllens import distributed
 from distilllens.config import parse_wall_time
 from distilllens.errors import EXIT_TIME_LIMIT, UserError
@@ -66,12 +64,12 @@ class StopRequest:
             return EXIT_TIME_LIMIT
         return 0
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop; all of them get the same answer."""
-        code = torch.tensor(float(self._code()), device=device)
-        if distributed.world_size() > 1:
-            torch.distributed.all_reduce(code, op=torch.distributed.ReduceOp.MAX)
-        self.code = int(code.item())
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; all of them get the same answer.
+
+        The processes' hosts agree among themselves: no GPU is waited for.
+        """
+        self.code = distributed.max_over_hosts(self._code())
         return self.code != 0
 
     def error(self, step: int) -> Stopped:

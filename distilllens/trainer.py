@@ -117,7 +117,7 @@ class Trainer:
                 if self.is_evaluation_due():
                     self.evaluate()
                     self.save()
-                if self.stop.agreed(self.device):
+                if self.stop.agreed():
                     self.save()
                     raise self.stop.error(self.state.step)
                 if self.state.step >= self.steps.total_steps:

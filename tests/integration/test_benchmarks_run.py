@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import subprocess
 import sys
 import time
@@ -13,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Workspace
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks import harness
 from benchmarks.harness import Baseline, Result, Sample, Variant, append_csv, measure
-from benchmarks.loss import Case, build_case, check_equal, fused_loss
+from benchmarks.loss import check_equal
 from benchmarks.loss import main as loss_main
+from benchmarks.loss_variants import Case, build_case, fused_loss
 from benchmarks.published import PUBLISHED_KINDS, published_divergence
 from distilllens.divergence import divergence
 from distilllens.errors import ConfigError, NumericsError
@@ -36,7 +39,11 @@ def quiet() -> Console:
 
 def run_benchmark(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    # Not the process group of a test that ran in this process before.
+    env = {key: value for key, value in os.environ.items() if key != "MASTER_PORT"}
+    return subprocess.run(
+        command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -243,6 +250,38 @@ def test_growth_command_writes_eight_sizes_and_a_plot(tmp_path: Path) -> None:
     assert [int(row["rows"]) for row in rows] == [20 * times for times in range(1, 9)]
     assert all(float(row["wall_s"]) > 0 and float(row["extra_mb"]) >= 0 for row in rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def step_flags(workspace: Workspace, *more: str) -> list[str]:
+    return [
+        *("--data", f"{workspace.root}/data/toy", "--tokenizer", f"{workspace.root}/student"),
+        *("--teacher", "tiny", "--student", "tiny", "--vocab", "307", "--max_length", "512"),
+        *("--layers", "2", "--records", "8", "--rounds", "1", *more),
+    ]
+
+
+def test_step_command_runs_every_variant_over_the_same_records(workspace: Workspace) -> None:
+    file = workspace.root / "step.csv"
+    done = run_benchmark("step", *step_flags(workspace, "--csv", str(file)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["variant"]: row for row in read_csv(file)}
+    names = ["published", "ours", "ours-mixed", "ours-packed", "ours-kd", "ours-cached"]
+    assert list(rows) == names and all(name in done.stdout for name in names)
+    published = float(rows["published"]["wall_s"])
+    for row in rows.values():
+        tokens, seconds = int(row["response_tokens"]), float(row["wall_s"])
+        assert 8 <= tokens == int(rows["ours"]["response_tokens"])
+        assert float(row["tokens_per_s"]) == pytest.approx(tokens / seconds)
+        assert float(row["published_over_this"]) == pytest.approx(published / seconds)
+
+
+def test_step_growth_writes_its_sizes_and_a_plot(workspace: Workspace) -> None:
+    file, plot = workspace.root / "growth.csv", workspace.root / "growth.svg"
+    more = ("--growth", "layers", "--csv", str(file), "--plot", str(plot))
+    done = run_benchmark("step", *step_flags(workspace, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["layers"] for row in read_csv(file)] == ["1", "2", "3", "4", "5"]
+    assert plot.read_text(encoding="utf-8").startswith("<?xml")
 
 
 def test_generation_command_counts_the_tokens_of_both_loops(

@@ -368,3 +368,22 @@ def test_refusals(users_view: None) -> None:
 def test_chunks_fit_a_budget(vocab: int, rows: int) -> None:
     assert default_chunk_rows(vocab, torch.device("cpu")) == rows
     assert default_chunk_rows(50_257, torch.device("cuda")) == 1_536
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_as_in_float64(kind: str, dtype: torch.dtype) -> None:
+    case = Case.make(300, 5003, dtype)
+    exact = case.double()
+    on_gpu = Case(*(t.detach().cuda() for t in vars(case).values()))
+    for leaf in on_gpu.leaves:
+        leaf.requires_grad_()
+    loss, expected = fused(on_gpu, kind, 128), dense(exact, kind, 1.0, None)
+    loss.backward()
+    expected.backward()
+    assert relative(loss.detach().cpu(), expected.detach()) < TOLERANCE[dtype]
+    for leaf, exact_leaf in zip(on_gpu.leaves, exact.leaves, strict=True):
+        assert leaf.grad is not None and exact_leaf.grad is not None
+        assert relative(leaf.grad.cpu(), exact_leaf.grad) < TOLERANCE[dtype]
