@@ -19,6 +19,8 @@ COMMANDS = {
         "cache_teacher_main",
         "store the teacher's hidden states once, for trainings that then read them",
     ),
+    "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
+    "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 

@@ -39,6 +39,8 @@ class RunConfig:
     never: start in an empty folder; or the PATH of a checkpoint."""
     max_wall_time: str | None = None
     """Time limit HH:MM:SS; the run then saves and ends with exit code 75."""
+    keep: int = 2
+    """Newest checkpoints that stay (≥ 2); the one that the run went on from stays besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +358,7 @@ def train_problems(config: TrainConfig) -> list[str]:
     needs_teacher = objective.approach != "sft" and objective.kd_ratio > 0
     rules = {
         f"run.seed={run.seed} must be ≥ 0": run.seed >= 0,
+        f"run.keep={run.keep} must be ≥ 2": run.keep >= 2,
         "model.teacher is needed by objective.approach=" + objective.approach: (
             not needs_teacher or bool(model.teacher)
         ),

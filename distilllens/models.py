@@ -1,7 +1,15 @@
-"""Loading: tokenizer, frozen teacher, student with or without LoRA; and whether they fit."""
+"""Loading: tokenizer, frozen teacher, student with or without LoRA; and whether they fit.
+
+Model folders come from strangers. Their JSON is read here before a library acts on it: code of
+their own, pickles and sizes that no model has are refused, and nothing of them runs.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +18,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +35,20 @@ from distilllens.errors import ConfigError
 from distilllens.libraries import quiet_libraries
 
 HUB_TIMEOUT_S = 5.0
+LARGEST_SETTINGS = 10_000_000
+"""Bytes of a config.json; the largest have some 100,000, most of it names of labels."""
+DEEPEST_SETTINGS = 30
+"""Levels of nesting in it."""
+COUNTS = re.compile(r"(layers?|labels|experts|blocks)$")
+"""Names of numbers of parts, of which a library makes an object each: 10⁹ fill the memory."""
+MOST_PARTS = 2_000
+LARGEST_SIZES = {
+    "num_hidden_layers": MOST_PARTS,
+    "hidden_size": 1_000_000,
+    "vocab_size": 10_000_000,
+}
+LONGEST_REASON = 300
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_model_config(
@@ -34,18 +57,34 @@ def load_model_config(
     """Loads a model's configuration without its weights.
 
     Raises:
-        ConfigError: The folder is not there, is no model folder, or is a hub name while offline.
+        ConfigError: The folder is not there, is no model folder, or is a hub name while offline;
+            its config.json is broken, asks for code of its own without ``trust_remote_code``, has
+            sizes that no model has, or is of a family that predicts no next token.
     """
     offline = _check_source(path, "config.json", revision)
+    _check_settings(path, "config.json", trust_remote_code=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             path,
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=offline,
         )
-    except (OSError, ValueError) as error:
-        raise _unloadable(path, error) from None
+        text_config = config.get_text_config()
+        sizes = {name: getattr(text_config, name, None) for name in LARGEST_SIZES}
+    except Exception as error:  # whatever a library stumbles over in a stranger's file
+        raise _unloadable(path, error, "config.json") from None
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size <= LARGEST_SIZES[name]:
+            raise ConfigError(
+                f"cannot load {path}",
+                why=f"{name}={size!r:.40} must be a whole number in [1, {LARGEST_SIZES[name]:,}]",
+            )
+    if not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"cannot load {path}", why=f"{config.model_type} is no causal language model"
+        )
+    return config
 
 
 def load_tokenizer(
@@ -54,9 +93,12 @@ def load_tokenizer(
     """Loads the tokenizer beside a model.
 
     Raises:
-        ConfigError: Not there, or it knows no tokens or no end-of-sequence token.
+        ConfigError: Not there or broken; it asks for code of its own without
+            ``trust_remote_code``, knows no tokens or no end-of-sequence token, or has ids that the
+            model beside it has no rows for.
     """
     offline = _check_source(path, "tokenizer_config.json", revision)
+    _check_settings(path, "tokenizer_config.json", trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,
@@ -64,8 +106,8 @@ def load_tokenizer(
             trust_remote_code=trust_remote_code,
             local_files_only=offline,
         )
-    except (OSError, ValueError) as error:
-        raise _unloadable(path, error) from None
+    except Exception as error:  # whatever a library stumbles over in a stranger's file
+        raise _unloadable(path, error, "its tokenizer") from None
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {path} has {len(tokenizer)} tokens and "
@@ -73,7 +115,25 @@ def load_tokenizer(
             why="answers end with the end-of-sequence token",
             fix=f"put tokenizer.json and an eos_token into {path}",
         )
+    try:
+        tokenizer("Does it work?")
+    except Exception as error:
+        raise _unloadable(path, error, "its tokenizer") from None
+    if (Path(path) / "config.json").is_file():
+        config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
+        _check_ids(path, tokenizer, vocab_rows(config))
     return tokenizer
+
+
+def _check_ids(path: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuses a token whose id would read beyond the embeddings in the middle of a run."""
+    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if index >= rows:
+        raise ConfigError(
+            f"the tokenizer of {path} has the token {token!r:.40} with id {index}, "
+            f"the model has {rows} rows (vocab_size)",
+            fix="resize the model's embeddings, or remove the token from its tokenizer",
+        )
 
 
 def load_model(
@@ -98,6 +158,8 @@ def load_model(
     """
     quiet_libraries()
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
+    _check_weights(path)
+    _check_amount(path, config, trust_remote_code=trust_remote_code)
     offline = _check_source(path, "config.json", revision)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     try:
@@ -112,7 +174,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # whatever a library stumbles over in a stranger's file
         raise _unloadable(path, error) from None
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
@@ -139,10 +201,10 @@ def load_teacher(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
         revision=config.revision,
     )
     if config.teacher_lora is not None:
-        _check_folder(config.teacher_lora, "adapter_config.json")
+        _check_adapter(config.teacher_lora)
         try:
             adapted = PeftModel.from_pretrained(model, config.teacher_lora)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # whatever a library stumbles over in a stranger's file
             raise ConfigError(
                 f"the adapter {config.teacher_lora} does not fit {config.teacher}",
                 why=_first_line(error),
@@ -155,7 +217,7 @@ def load_student(config: ModelConfig, *, dtype: torch.dtype) -> nn.Module:
     """Loads the student for training, with an adapter and gradient checkpointing if asked for.
 
     Raises:
-        ConfigError: As `load_model`.
+        ConfigError: As `load_model`; an adapter whose rank is larger than the model is wide.
     """
     model = load_model(
         config.student,
@@ -172,6 +234,9 @@ def load_student(config: ModelConfig, *, dtype: torch.dtype) -> nn.Module:
 
 
 def _add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    width = model.config.get_text_config().hidden_size
+    if lora.r > width:
+        raise ConfigError(f"model.student_lora.r={lora.r} must be in [1, {width}], the width")
     settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -203,27 +268,21 @@ def check_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
     Raises:
         ConfigError: Some ids stand for different tokens; counts them and shows the first.
     """
-    size = max(len(teacher), len(student))
-    teacher_tokens = _tokens_by_id(teacher, size)
-    student_tokens = _tokens_by_id(student, size)
-    pairs = zip(teacher_tokens, student_tokens, strict=True)
-    different = [i for i, (t, s) in enumerate(pairs) if t != s]
+    teacher_tokens, student_tokens = _tokens_by_id(teacher), _tokens_by_id(student)
+    ids = sorted(teacher_tokens.keys() | student_tokens.keys())
+    different = [i for i in ids if teacher_tokens.get(i) != student_tokens.get(i)]
     if different:
         first = different[0]
         raise ConfigError(
-            f"teacher and student tokenizers differ: {len(different)} of {size} ids differ, "
-            f"first {first}: {teacher_tokens[first]!r} against {student_tokens[first]!r}",
+            f"teacher and student tokenizers differ: {len(different)} of {len(ids)} ids differ, "
+            f"first {first}: {teacher_tokens.get(first)!r} against {student_tokens.get(first)!r}",
             why="both distributions must be over the same tokens",
             fix="choose a teacher and a student of one family",
         )
 
 
-def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str | None]:
-    by_id: list[str | None] = [None] * size
-    for token, index in tokenizer.get_vocab().items():
-        if index < size:
-            by_id[index] = token
-    return by_id
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
 def shared_vocab_size(teacher_rows: int, student_rows: int, num_tokens: int) -> tuple[int, str]:
@@ -271,17 +330,21 @@ def _check_source(path: str, must_hold: str, revision: str | None = None) -> boo
     return False
 
 
-def _check_folder(path: str, must_hold: str) -> None:
+def _check_folder(path: str, *must_hold: str) -> None:
     """Refuses at once what is meant as a local folder and is not one."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / must_hold).is_file():
+    try:
+        folder = Path(path).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # too long a name; a home of nobody
+        raise ConfigError(f"model folder {path[:100]} not found", why=str(error)[:100]) from None
+    if is_folder:
+        if lacking := [name for name in must_hold if not (folder / name).is_file()]:
             raise ConfigError(
-                f"{path} holds no {must_hold}",
+                f"{path} holds no {lacking[0]}",
                 why="a model folder has config.json, tokenizer files and model.safetensors",
             )
         return
-    if folder.exists():
+    if is_there:
         raise ConfigError(f"{path} is a file, not a model folder")
     looks_local = path.startswith((".", "/", "~")) or folder.parent.is_dir()
     if looks_local or path.count("/") > 1:
@@ -292,16 +355,149 @@ def _check_folder(path: str, must_hold: str) -> None:
         )
 
 
-def _unloadable(path: str, error: Exception) -> ConfigError:
+def _check_adapter(path: str) -> None:
+    """Refuses adapters that are not there, are pickled, or name a module to import."""
+    _check_folder(path, "adapter_config.json")
+    if not Path(path).is_dir():
+        raise ConfigError(f"adapter folder {path} not found", fix="change model.teacher_lora")
+    _check_weights(path)
+    _check_folder(path, "adapter_model.safetensors")  # else the library takes adapter_model.bin
+    settings = _check_settings(path, "adapter_config.json", trust_remote_code=False)
+    if settings.get("megatron_config") is not None:
+        raise ConfigError(f"cannot load {path}", why="megatron_config names a module to import")
+
+
+def _check_weights(path: str) -> None:
+    """Refuses a folder whose weights are pickles: loading one can run any code."""
+    folder = Path(path)
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise ConfigError(
+            f"cannot load {path}",
+            why=f"{pickles[0]} is a pickle, which could run code; only safetensors are read",
+            fix="if you trust where it comes from, load it with transformers on a machine that "
+            "may be lost and write it again with save_pretrained, which makes safetensors",
+        )
+
+
+def _check_amount(path: str, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
+    """Refuses a config.json that asks for far more weights than the folder's files can hold.
+
+    A library would make the lacking ones at random before it tells, and be killed for memory.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:  # a hub name, or nothing to load: the library says so
+        return
+    try:
+        for file in files:
+            with safe_open(file, framework="pt"):  # reads the header, which may be broken
+                pass
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a library stumbles over in a stranger's file
+        raise _unloadable(path, error) from None
+    stored = sum(file.stat().st_size for file in files)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted / 2 > stored:  # half a byte: 4 bits are the fewest that a weight is stored in
+        raise ConfigError(
+            f"cannot load {path}",
+            why=f"config.json asks for {wanted:,} weights, the files hold {stored:,} bytes",
+        )
+
+
+def _check_settings(path: str, name: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Reads a JSON file of a model folder and refuses what would harm; of a hub name: nothing.
+
+    Raises:
+        ConfigError: Not a JSON object; nested too deeply, numbers that no model has; code of the
+            folder's own or of a hub repository, unless it is trusted.
+    """
+    file = Path(path).expanduser() / name
+    if not file.is_file():
+        return {}
+    try:
+        if file.stat().st_size > LARGEST_SETTINGS:
+            raise ValueError(f"{file.stat().st_size:,} bytes are no {name}")
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
+        for key, value in _nested(settings):
+            _check_setting(key, value)
+    except RecursionError:
+        raise ConfigError(f"cannot load {path}", why=f"{name} is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load {path}", why=f"{name}: {_first_line(error)}") from None
+    if not trust_remote_code and (code := _foreign_code(settings)):
+        raise ConfigError(
+            f"cannot load {path}",
+            why=f"{name} asks to run Python code: {code}; nothing of it ran",
+            fix="if the library knows the family itself, delete that entry; else read the code, "
+            "then --model.trust_remote_code true --model.revision COMMIT",
+        )
+    return settings
+
+
+def _foreign_code(settings: dict[str, Any]) -> str:
+    """Names the entry that would run Python code of a folder or of a hub repository, if any."""
+    for key, value in _nested(settings):
+        is_kernel = key.endswith("_implementation") and isinstance(value, str) and "/" in value
+        if (key == "auto_map" and value) or is_kernel:
+            return f"{key}={value!r:.100}"
+    return ""
+
+
+def _check_setting(key: str, value: Any) -> None:
+    """Refuses one value of a config.json.
+
+    Raises:
+        ValueError: It is a number that no model has.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{key:.60}=NaN is no number")
+    if isinstance(value, int) and COUNTS.search(key) and value > MOST_PARTS:
+        raise ValueError(f"{key:.60}={value} must be at most {MOST_PARTS:,}")
+
+
+def _nested(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields every key with its value, at all depths; an item of a list has the list's key.
+
+    Raises:
+        ValueError: Nested more deeply than any model's file.
+    """
+    level: list[tuple[str, Any]] = list(settings.items())
+    for _ in range(DEEPEST_SETTINGS):
+        yield from level
+        below: list[tuple[str, Any]] = []
+        for key, value in level:
+            if isinstance(value, dict):
+                below += value.items()
+            elif isinstance(value, list):
+                below += [(key, item) for item in value]
+        level = below
+    if level:
+        raise ValueError("it is nested too deeply")
+
+
+def _unloadable(path: str, error: Exception, part: str = "") -> ConfigError:
+    reason = f"{part}: {_first_line(error)}" if part else _first_line(error)
     if Path(path).is_dir():
-        return ConfigError(f"cannot load {path}", why=_first_line(error))
+        return ConfigError(f"cannot load {path}", why=reason)
     return ConfigError(
-        f"{path} not found locally, nor on the hub",
-        why=_first_line(error),
+        f"{path:.200} not found locally, nor on the hub",
+        why=reason,
         fix="download it into checkpoints/ on a machine with network access",
     )
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Returns the first line of a message, with the next ones while they only announce it."""
+    text, *more = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    while text.endswith(":") and more:
+        text += f" {more.pop(0)}"
+    text = text[:LONGEST_REASON]
+    # Of an error that was not made to be read, the message alone says little: 'layers'.
+    readable = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
+    if text and (readable or type(error) is Exception):
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,18 @@ from numerize.numerize import numerize
 from rich.console import Console, RenderableType
 
 from distilllens import distributed
-from distilllens.checkpoint import check_same_config, find_state, saved_states
+from distilllens.checkpoint import check_same_config, find_state
 from distilllens.config import TrainConfig, dump_config, load_config
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import EXIT_BUG, EXIT_OK, UserError, leave_code
+from distilllens.errors import (
+    EXIT_OK,
+    UserError,
+    leave_code,
+)
 from distilllens.layers import layer_table
 from distilllens.libraries import quiet_libraries
+from distilllens.lock import locked
 from distilllens.memory import count_parameters, estimate_memory, memory_table
 from distilllens.models import num_blocks
 from distilllens.runs import (
@@ -31,6 +37,10 @@ from distilllens.runs import (
     create_run_folder,
     environment_record,
     is_finished,
+    newest_state,
+    redact,
+    replace_text,
+    shown_command,
     write_json,
     write_status,
 )
@@ -43,7 +53,7 @@ from distilllens.setup import (
     load_data,
     plan_run,
 )
-from distilllens.signals import Stopped, StopRequest
+from distilllens.signals import Stopped, StopRequest, steady_screen
 from distilllens.tracking import Tracker
 from distilllens.trainer import Trainer
 
@@ -51,6 +61,11 @@ from distilllens.trainer import Trainer
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Trains as the arguments say and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with steady_screen(), ExitStack() as held:  # the lock goes after the last word in status.json
+        return _session(arguments, held)
+
+
+def _session(arguments: list[str], held: ExitStack) -> int:
     debug = any(argument.startswith("--debug") for argument in arguments)
     folder = None  # until it is known to be ours to write into
     try:
@@ -61,35 +76,45 @@ def train_main(argv: Sequence[str] | None = None) -> int:
             dry_run(config)
             return EXIT_OK
         device = distributed.initialize()
-        claimed, resumed = claim_folder(config)
+        claimed = create_run_folder(config.run.output_dir)
+        note = held.enter_context(locked(claimed.lock))
+        resumed = claim_folder(config, claimed)
         distributed.barrier()  # the others must not find what the first process writes now
         folder = claimed
         with build_trainer(config, folder, device, arguments) as trainer:
+            if note:
+                trainer.tracker.say(note)
             _train(trainer, folder, resumed)
-    except UserError as error:
-        return _end(folder, error, debug=debug)
+    except KeyboardInterrupt:  # before anything listened to signals
+        return _end(folder, Stopped("SIGINT: stopped before the start", code=130), debug=debug)
     except Exception as error:
         return _end(folder, error, debug=debug)
     distributed.shutdown()
     return EXIT_OK
 
 
-def claim_folder(config: TrainConfig) -> tuple[RunFolder, Path | None]:
-    """Returns the run's folder and the state to go on from, None for a fresh start.
+def claim_folder(config: TrainConfig, folder: RunFolder) -> Path | None:
+    """Returns the state to go on from, None for a fresh start; the folder's lock must be held.
 
     Raises:
-        StorageError: The folder cannot be written.
         ConfigError: It holds a finished run; with ``run.resume=never``, any run. (One that ended
             before it saved anything has nothing to lose and starts anew.)
         CheckpointError: No state where one is asked for, or one of other options.
     """
-    folder = create_run_folder(config.run.output_dir)
     resumed = find_state(folder, config.run.resume)
     if config.run.resume == "never" or is_finished(folder):
         check_unused(folder)
     if resumed is not None:
         check_same_config(resumed, config)
-    return folder, resumed
+    return resumed
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """Returns what the user types to go on, without secrets."""
+    start = ["python"]
+    if distributed.world_size() > 1:
+        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shown_command([*start, "train.py", *arguments])
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -158,6 +183,7 @@ def _train(trainer: Trainer, folder: RunFolder, resumed: Path | None) -> None:
         write_status(
             folder,
             state="finished",
+            exit="done",
             code=EXIT_OK,
             step=trainer.state.step,
             best_step=trainer.state.best_step,
@@ -174,32 +200,24 @@ def build_trainer(
     Raises:
         UserError: Whatever of models, data and options is missing or does not fit.
     """
-    stop = StopRequest(config.run.max_wall_time, shlex.join(["python", "train.py", *arguments]))
-    torch.manual_seed(config.run.seed + distributed.rank())
-    plan = plan_run(config)
-    data = load_data(plan)
-    steps = count_steps(config, len(data.train), distributed.world_size())
+    command = resume_command(arguments)
+    stop = StopRequest(config.run.max_wall_time, command, folder.save_now)
     if distributed.is_main():
-        _record(folder, config, plan, data, arguments)
-    with Tracker(
-        folder.metrics,
-        folder.log,
-        active=distributed.is_main(),
-        total_steps=steps.total_steps,
-        wandb_mode=config.tracking.wandb,
-        wandb_settings={
-            "project": config.tracking.wandb_project,
-            "name": config.run.name or str(folder.root),
-            "dir": str(folder.root),
-            "config": dataclasses.asdict(config),
-        },
-    ) as tracker:
-        for content in describe_plan(plan, data, steps):
-            tracker.say(content)
-        tracker.say("loading weights …")
-        teacher, head = build_teacher(plan, data, device)
-        module = build_module(plan, data, device, head)
-        with stop.listening():
+        ended = Stopped("SIGINT twice", code=130)
+        stop.before_abort = partial(_write_end_status, folder, ended, ended.exit_code)
+    with stop.listening():
+        torch.manual_seed(config.run.seed + distributed.rank())
+        plan = plan_run(config)
+        data = _wait_for_data(plan, stop)
+        steps = count_steps(config, len(data.train), distributed.world_size())
+        if distributed.is_main():
+            _record(folder, config, plan, data, arguments, command)
+        with _tracker(config, folder, steps) as tracker:
+            for content in describe_plan(plan, data, steps):
+                tracker.say(content)
+            tracker.say("loading weights …")
+            teacher, head = build_teacher(plan, data, device)
+            module = build_module(plan, data, device, head)
             yield Trainer(
                 plan,
                 module=module,
@@ -213,59 +231,106 @@ def build_trainer(
             )
 
 
+def _wait_for_data(plan: Plan, stop: StopRequest) -> PreparedData:
+    try:
+        return load_data(plan)
+    except RuntimeError:  # the process that tokenises has left,
+        stop.poll("waiting for tokenised data")  # as this one should have, by the same signal
+        raise
+
+
+def _tracker(config: TrainConfig, folder: RunFolder, steps: StepCount) -> Tracker:
+    return Tracker(
+        folder.metrics,
+        folder.log,
+        active=distributed.is_main(),
+        total_steps=steps.total_steps,
+        wandb_mode=config.tracking.wandb,
+        wandb_settings={
+            "project": config.tracking.wandb_project,
+            "name": config.run.name or str(folder.root),
+            "dir": str(folder.root),
+            "config": dataclasses.asdict(config),
+        },
+    )
+
+
 def _record(
     folder: RunFolder,
     config: TrainConfig,
     plan: Plan,
     data: PreparedData,
     arguments: Sequence[str],
+    command: str,
 ) -> None:
     """Writes what the run is, before it starts."""
-    folder.config.write_text(dump_config(config), encoding="utf-8")
+    replace_text(folder.config, redact(dump_config(config)))
     write_json(folder.environment, environment_record(list(arguments)))
     write_json(folder.data, {"fingerprint": data.fingerprint, **data.stats})
     if plan.pairs:
         write_json(folder.layers, [dataclasses.asdict(pair) for pair in plan.pairs])
-    write_status(folder, state="running", code=None, step=0)
+    step = _step(newest_state(folder))
+    write_status(folder, state="running", code=None, step=step, resume_command=command)
+
+
+def _step(state: Path | None) -> int:
+    return 0 if state is None else int(state.name.removeprefix("step-"))
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Removes lines of steps after ``step``, which a killed run wrote and this one does again."""
+    """Cuts off the lines of steps after ``step``, which a killed run wrote and this one does again.
+
+    Lines stand in the order of their steps, so that one cut does it: whoever has the file open to
+    append goes on behind it, and a kill leaves the lines that stay as they are.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step and step > 0:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # half a line: the process died while writing it
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    size = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                stays = 0 < json.loads(line)["step"] <= step and line.endswith(b"\n")
+            except (ValueError, KeyError, TypeError):
+                stays = False  # half a line: the process died while writing it
+            if not stays:
+                break
+            size += len(line)
+    os.truncate(path, size)
 
 
 def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
     """Tells the user, writes status.json and the traceback, and returns the exit code."""
     if isinstance(error, UserError):
-        code, message = error.exit_code, error.format()
+        told = error
     else:
-        code = EXIT_BUG
-        message = UserError(
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        told = UserError(
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             fix="--debug shows the traceback; log.txt of the run holds it",
-        ).format()
-    if distributed.is_main() and folder is not None and folder.root.is_dir():
-        _write_end(folder, error, code, message)
+        )
+    message, code = redact(told.format()), told.exit_code
+    rank = int(os.environ.get("RANK", "0"))  # the process group may not stand yet
     if debug:
         traceback.print_exception(error)
-    if distributed.is_main():
-        print(message, file=sys.stderr, flush=True)
+    if rank == 0 or told is not error:  # a user's error is the same on all processes: one says it
+        print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
+    if folder is not None and folder.root.is_dir():
+        try:
+            with folder.rank_log(rank).open("a", encoding="utf-8") as log:
+                trace = "".join(traceback.format_exception(error))
+                log.write(f"{message}\n{redact(trace)}\n")
+            if rank == 0:
+                _write_end_status(folder, told, code)
+        except OSError as failure:  # a full disk is what ended the run, perhaps
+            print(f"  also: {failure.filename or folder.root}: {failure}", file=sys.stderr)
     return leave_code(code)
 
 
-def _write_end(folder: RunFolder, error: Exception, code: int, message: str) -> None:
-    with folder.log.open("a", encoding="utf-8") as log:
-        log.write(f"{message}\n{''.join(traceback.format_exception(error))}\n")
-    states = saved_states(folder.state)
-    step = int(states[-1].name.removeprefix("step-")) if states else 0
-    state = "stopped" if isinstance(error, Stopped) else "failed"
-    write_status(folder, state=state, code=code, step=step, error=message)
+def _write_end_status(folder: RunFolder, error: UserError, code: int) -> None:
+    write_status(
+        folder,
+        state="stopped" if isinstance(error, Stopped) else "failed",
+        exit=error.label,
+        code=code,
+        step=_step(newest_state(folder)),
+        error=redact(error.format()),
+    )

@@ -12,19 +12,30 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor
 
 from distilllens import distributed
-from distilllens.checkpoint import TrainState, copy_model, export_model, load_state, save_state
+from distilllens.checkpoint import (
+    StateParts,
+    TrainState,
+    check_same_facts,
+    copy_model,
+    export_model,
+    load_state,
+    save_state,
+)
 from distilllens.data.collate import collate_columns
+from distilllens.data.encode import tokenizer_fingerprint
 from distilllens.data.records import read_records
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import NumericsError
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
+from distilllens.faults import reach
 from distilllens.loader import StepBatches, StepLoader
 from distilllens.numerics_guard import NumericsGuard
 from distilllens.runs import RunFolder, write_status
@@ -98,6 +109,8 @@ class Trainer:
             for parameter in module.lens.parts.head.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
         self.state = TrainState()
+        self.resumed_from: Path | None = None
+        self.tokenizer_sha256 = tokenizer_fingerprint(plan.tokenizer)
         self.totals = self._new_totals()
 
     # --- The loop ---
@@ -152,13 +165,17 @@ class Trainer:
             loss, sums_K2 = self.engine(
                 batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows, scale, positions_BT
             )
+            if reach("step.loss", step=self.state.step + 1):
+                loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
             self.engine.backward(loss)
             step_sums_K2 += sums_K2
             if number == count:
                 self.guard.watch(step_sums_K2, self.state.step + 1)
                 self._set_learning_rate()
+                reach("step.before_update", step=self.state.step + 1)
             self.engine.step()
         self.state.step += 1
+        reach("step.after_update", step=self.state.step)
         self.totals.sums_K2 += step_sums_K2
         self.totals.tokens += batches.num_tokens
         self.totals.steps += 1
@@ -241,15 +258,20 @@ class Trainer:
 
         Without a dev set best/ is always the latest.
         """
-        start = time.perf_counter()
+        start, step = time.perf_counter(), self.state.step
+        self.refuse_non_finite()
+        reach("evaluate.start", step=step)
         metrics = self.dev_metrics()
+        reach("evaluate.after_dev", step=step)
         export_model(self.engine, self.module.student, self.plan.tokenizer, self.folder.latest)
+        reach("evaluate.after_latest", step=step)
         name, larger = f"eval/dev/{self.config.eval.metric}", self.config.eval.metric == "rougeL"
         if not metrics or self.state.take_if_best(metrics[name], larger=larger):
             copy_model(self.folder.latest, self.folder.best)
-            self.tracker.say(f"best/ is now step {self.state.step}")
+            self.tracker.say(f"best/ is now step {step}")
+        reach("evaluate.end", step=step)
         metrics["perf/eval_s"] = time.perf_counter() - start
-        self.tracker.log(metrics, step=self.state.step, epoch=self.epochs_done)
+        self.tracker.log(metrics, step=step, epoch=self.epochs_done)
         self.totals.start += time.perf_counter() - start  # throughput counts training only
 
     def dev_metrics(self) -> dict[str, float]:
@@ -299,12 +321,44 @@ class Trainer:
         return {f"eval/dev/{name}": value for name, value in metrics.items()}
 
     def save(self) -> None:
-        """Saves all that a later process needs to go on from here."""
-        save_state(self.engine, self.state, self.config, self.folder.state)
+        """Saves all that a later process needs to go on from here.
+
+        Raises:
+            NumericsError: Updates were refused since the last look: the step would not be true.
+            StorageError: No space, or no right to write.
+        """
+        self.refuse_non_finite()
+        parts = StateParts(
+            config=self.config,
+            student=self.module.student,
+            tokenizer=self.plan.tokenizer,
+            facts=self.facts,
+            source=self.resumed_from,
+        )
+        save_state(self.engine, self.state, parts, self.folder.state)
         if distributed.is_main():
             write_status(self.folder, state="running", code=None, step=self.state.step)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a state is of, as its manifest tells it; the sample offset counts in the epoch."""
+        epoch, steps = divmod(self.state.step, self.steps.steps_per_epoch)
+        return {
+            "epoch": epoch,
+            "sample_offset": steps * self.steps.global_batch,
+            "global_batch": self.steps.global_batch,
+            "zero_stage": self.plan.zero_stage,
+            "data_fingerprint": self.data.fingerprint,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+
     def resume(self, state: Path) -> None:
-        """Goes on from a saved state."""
-        self.state = load_state(self.engine, state, self.device)
+        """Goes on from a verified state.
+
+        Raises:
+            CheckpointError: It is of other data, or a part of it did not come back.
+        """
+        check_same_facts(state, self.facts)
+        self.state = load_state(self.engine, state, self.device, seed=self.config.run.seed)
+        self.resumed_from = state
         self.tracker.say(f"resuming from step {self.state.step}")

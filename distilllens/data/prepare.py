@@ -10,6 +10,7 @@ from typing import Any, Literal
 from huggingface_hub import HfApi, hf_hub_download
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distilllens.config import DataConfig, EvalConfig
 from distilllens.data.benchmarks import BENCHMARKS
@@ -66,8 +67,7 @@ def prepare_main(argv: Sequence[str]) -> int:
         DataError: Broken records, or the hub cannot be reached.
         StorageError: The target folder cannot be written.
     """
-    arguments = argv
-    config = parse_arguments(PrepareConfig, arguments, prog="-m distilllens prepare")
+    config = parse_arguments(PrepareConfig, argv, prog="-m distilllens prepare")
     console = Console()
     if config.model is None and not config.download:
         raise ConfigError(
@@ -130,7 +130,8 @@ def counts_table(prepared: PreparedData) -> Table:
         "response_tokens": "response tokens",
         "longest": "longest record, tokens",
     }
-    title = f"{prepared.folder} · {prepared.stats['skipped_lines']:,} broken lines skipped"
+    # As Text: in a plain string, the brackets of a folder's name would be read as markup.
+    title = Text(f"{prepared.folder} · {prepared.stats['skipped_lines']:,} broken lines skipped")
     table = Table("", "train", "dev", title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"

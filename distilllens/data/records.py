@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +16,8 @@ from distilllens.data.prompts import alpaca_prompt
 from distilllens.errors import DataError
 
 UTF8_BOM = b"\xef\xbb\xbf"
+KEPT_BYTES = 10_000
+"""Of a broken line: a file without line ends is one line."""
 JSON_KINDS = {
     "dict": "an object",
     "list": "an array",
@@ -40,22 +45,52 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BrokenLine:
+    """A line that is no record: its number from 1, what is wrong, and its head as it stands."""
+
+    number: int
+    problem: str
+    head: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordFile:
     """The records of one file.
 
     ``num_lines`` counts the lines that are not blank, so it is ``len(records) + num_skipped``;
-    ``problems`` says of each skipped line what is wrong; ``sha256`` is that of the file's bytes.
+    ``broken`` are the skipped lines, in order; ``sha256`` is that of the file's bytes.
     """
 
+    path: Path
     records: list[Record]
     num_lines: int
     sha256: str
-    problems: tuple[str, ...] = ()
+    broken: tuple[BrokenLine, ...] = ()
 
     @property
     def num_skipped(self) -> int:
         """Number of broken lines that were left out."""
-        return len(self.problems)
+        return len(self.broken)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with each broken line, with file and line number."""
+        return tuple(f"{self.path}:{line.number}: {line.problem}" for line in self.broken)
+
+    def quarantine(self) -> str:
+        """Returns the broken lines as JSON lines {line, problem, text}, to be kept and mended.
+
+        Bytes that are not UTF-8 stand there as ``\\xff``; of a line, the first 10,000 bytes.
+        """
+        entries = (
+            {
+                "line": line.number,
+                "problem": line.problem,
+                "text": line.head.decode("utf-8", errors="backslashreplace"),
+            }
+            for line in self.broken
+        )
+        return "".join(f"{json.dumps(entry)}\n" for entry in entries)
 
 
 class BrokenLineError(ValueError):
@@ -83,31 +118,34 @@ def read_records(
     """
     path = Path(path)
     records: list[Record] = []
-    problems: list[str] = []
+    broken: list[BrokenLine] = []
     digest = hashlib.sha256()
     for number, line in _numbered_lines(path, digest):
         try:
             records.append(_parse_record(line, references))
         except BrokenLineError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if problems and bad_lines == "error":
-        more = f" (and {len(problems) - 1} more broken lines)" if len(problems) > 1 else ""
+            head = line[:KEPT_BYTES]
+            broken.append(BrokenLine(number=number, problem=str(error), head=head))
+    file = RecordFile(
+        path=path,
+        records=records,
+        num_lines=len(records) + len(broken),
+        sha256=digest.hexdigest(),
+        broken=tuple(broken),
+    )
+    if broken and bad_lines == "error":
+        more = f" (and {len(broken) - 1} more broken lines)" if len(broken) > 1 else ""
         raise DataError(
-            problems[0] + more,
+            file.problems[0] + more,
             why="each line must be a JSON object in UTF-8 with the strings instruction and output",
             fix="mend the line, or leave broken lines out with bad_lines skip",
         )
     if not records:
         raise DataError(
-            f"{path}: 0 usable records in {len(problems)} lines",
-            why=problems[0] if problems else "every line is blank",
+            f"{path}: 0 usable records in {len(broken)} lines",
+            why=file.problems[0] if broken else "every line is blank",
         )
-    return RecordFile(
-        records=records,
-        num_lines=len(records) + len(problems),
-        sha256=digest.hexdigest(),
-        problems=tuple(problems),
-    )
+    return file
 
 
 def file_sha256(path: str | Path) -> str:
@@ -117,16 +155,27 @@ def file_sha256(path: str | Path) -> str:
         DataError: The file cannot be read.
     """
     try:
-        with Path(path).open("rb") as file:
+        with _open(Path(path)) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(Path(path), error) from None
 
 
+def _open(path: Path) -> BufferedReader:
+    """Opens a file for reading; a pipe would wait for ever, and /dev/zero never ends.
+
+    Raises:
+        OSError: It cannot be opened, or is no file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.open("rb")
+
+
 def _numbered_lines(path: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
     """Yields the lines that are not blank, counted from 1, and feeds every byte to ``digest``."""
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             # Binary lines end at \n only: text mode would also split inside strings at U+2028.
             for number, line in enumerate(file, start=1):
                 digest.update(line)
@@ -188,7 +237,8 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _text_field(content: dict[str, Any], name: str) -> str:
     if name not in content:
-        present = ", ".join(sorted(content)) or "none"
+        # As literals: a name may hold anything, also half a surrogate pair or an escape sequence.
+        present = ", ".join(map(ascii, sorted(content))) or "none"
         raise BrokenLineError(f"field {name!r} is missing (fields: {present:.200})")
     return _checked_text(content[name], name)
 

@@ -30,6 +30,7 @@ from distilllens.data.progress import track
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.data.records import Record, file_sha256, read_records
 from distilllens.errors import ConfigError, DataError, StorageError
+from distilllens.signals import poll, stoppable
 
 FORMAT_VERSION = 1
 """Raised whenever the same source would give other tokens or other columns."""
@@ -112,6 +113,7 @@ def prepare_dataset(
         DataError: What `read_records` finds wrong; no usable training record; with
             ``build=False``, a folder that does not fit.
         StorageError: The folder holds something else, or cannot be written.
+        Stopped: A signal ended the tokenising; nothing was written.
     """
     _check_options(data, dev_size, tokenizer)
     raw_file = Path(data.path) / "raw.jsonl"
@@ -244,7 +246,10 @@ def _build(
     parts = {"train": file.records[dev_size:], "dev": file.records[:dev_size]}
     tables: dict[str, Dataset] = {}
     counts: dict[str, PartCounts] = {}
-    with track("tokenising", "records", total=len(file.records), console=console) as advance:
+    with (
+        stoppable(),
+        track("tokenising", "records", total=len(file.records), console=console) as advance,
+    ):
         for name, records in parts.items():
             tables[name], counts[name] = _tokenise(
                 records, tokenizer, data, texts=name == "dev", advance=advance
@@ -297,6 +302,7 @@ def _tokenise(
     tables = [Dataset.from_dict({name: [] for name in features}, features=features)]
     counts = PartCounts(records=len(records))
     for start in range(0, len(records), CHUNK_RECORDS):
+        poll("tokenising; nothing was written")
         chunk = records[start : start + CHUNK_RECORDS]
         columns: dict[str, list[Any]] = {name: [] for name in features}
         for row, cut in _usable_rows(chunk, tokenizer, data):

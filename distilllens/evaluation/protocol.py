@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +41,7 @@ from distilllens.evaluation.results import build_table, check_writable, read_res
 from distilllens.evaluation.rouge import exact_match, rouge_l_max
 from distilllens.models import load_model, load_tokenizer
 from distilllens.runs import git_commit, versions
+from distilllens.signals import StopRequest, poll, stoppable
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -100,7 +101,7 @@ def evaluate_dev_generations(
     max_prompt_length: int,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[int], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, float]:
     """Generates answers to dev records and scores them, with the code of the final evaluation.
 
@@ -116,17 +117,24 @@ def evaluate_dev_generations(
         max_prompt_length: Longest prompt in tokens.
         rank: This process's rank.
         world_size: Number of processes that share the work.
-        progress: Called with the number of answers of each batch of this rank.
+        stop: Asked after each batch, by all ranks equally often.
 
     Raises:
         ConfigError: The longest prompt and its answer exceed the model's context window.
         DataError: No prompt is within the limit.
         NumericsError: The model's logits are not finite.
+        Stopped: A rank was asked to stop: raised by all of them after the same batch.
     """
     kept, _ = drop_long_prompts(tokenizer, records, max_prompt_length)
     if not kept:
         raise no_usable_prompt("the dev set", len(records), max_prompt_length)
     share = range(rank, len(kept), world_size)
+
+    def ask(times: int = 1) -> None:
+        for _ in range(times):
+            if stop is not None:
+                stop.check("answering dev prompts")
+
     answers = generate_answers(
         model,
         tokenizer,
@@ -135,8 +143,11 @@ def evaluate_dev_generations(
         seed=seed,
         max_prompt_length=max_prompt_length,
         indices=share,
-        progress=progress,
+        progress=lambda _: ask(),
     )
+    # All ranks ask as often as the first, whose share is the largest.
+    batches = math.ceil(len(share) / settings.batch_size)
+    ask(math.ceil(len(kept) / (world_size * settings.batch_size)) - batches)
     shares: list[Any] = [None] * world_size
     shares[rank] = score_samples(answers, [kept[index] for index in share])
     if world_size > 1:
@@ -162,6 +173,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
         DataError: A set that is not there, a broken record, no usable prompt.
         NumericsError: The model's logits are not finite.
         StorageError: The output folder cannot be written.
+        Stopped: A signal ended it after a batch; finished cells are kept.
     """
     check_settings(config)
     console = Console(highlight=False, markup=False)
@@ -225,28 +237,45 @@ def _run_cells(
     )
     module: torch.nn.Module = model
     module.to(_device())
-    for position, cell in enumerate(cells, start=1):
-        label = f"{cell.data.name} seed {cell.seed} ({position}/{len(cells)})"
-        start = time.monotonic()
-        with track(label, "answers", total=len(cell.data.records), console=console) as advance:
-            answers = generate_answers(
-                model,
-                tokenizer,
-                [record.prompt for record in cell.data.records],
-                settings=config.eval,
-                seed=cell.seed,
-                max_prompt_length=config.max_prompt_length,
-                progress=advance,
-            )
-        samples = score_samples(answers, cell.data.records)
-        result = _result(config, cell, model, samples, seconds=time.monotonic() - start)
-        write_cell(cell.folder, result, samples)
-        metrics = result["metrics"]
-        console.print(
-            f"{label}: Rouge-L {metrics['rougeL']:.2f}, exact match {metrics['exact_match']:.2f}, "
-            f"{metrics['truncated']} of {metrics['num']} truncated",
-            soft_wrap=True,
+    with stoppable():
+        for position, cell in enumerate(cells, start=1):
+            label = f"{cell.data.name} seed {cell.seed} ({position}/{len(cells)})"
+            _run_cell(config, model, tokenizer, cell, label, console)
+
+
+def _run_cell(
+    config: EvaluateConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+    label: str,
+    console: Console,
+) -> None:
+    start = time.monotonic()
+    with track(label, "answers", total=len(cell.data.records), console=console) as advance:
+
+        def advance_or_stop(count: int) -> None:
+            advance(count)
+            poll(f"answering {label}; finished cells are kept")
+
+        answers = generate_answers(
+            model,
+            tokenizer,
+            [record.prompt for record in cell.data.records],
+            settings=config.eval,
+            seed=cell.seed,
+            max_prompt_length=config.max_prompt_length,
+            progress=advance_or_stop,
         )
+    samples = score_samples(answers, cell.data.records)
+    result = _result(config, cell, model, samples, seconds=time.monotonic() - start)
+    write_cell(cell.folder, result, samples)
+    metrics = result["metrics"]
+    console.print(
+        f"{label}: Rouge-L {metrics['rougeL']:.2f}, exact match {metrics['exact_match']:.2f}, "
+        f"{metrics['truncated']} of {metrics['num']} truncated",
+        soft_wrap=True,
+    )
 
 
 def _device() -> torch.device:

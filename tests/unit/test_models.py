@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,23 +168,108 @@ def test_weights_of_another_shape(folder: Path) -> None:
 def test_pickled_weights_are_refused(folder: Path) -> None:
     """Pickle runs code; a folder that has nothing else is no model."""
     torch.save(load_model(str(folder)).state_dict(), folder / "pytorch_model.bin")
+    load_model(str(folder))  # beside safetensors it is not read
     (folder / "model.safetensors").unlink()
-    assert "safetensors" in refused(load_model, folder)
+    told = refused(load_model, folder)
+    assert told == "pytorch_model.bin is a pickle, which could run code; only safetensors are read"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "made-up"])
-def test_code_in_a_model_folder_does_not_run(folder: Path, tmp_path: Path, family: str) -> None:
-    marker = tmp_path / "it-ran"
-    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise SystemExit(9)\n")
+def add_code(folder: Path, marker: Path, family: str) -> None:
+    """Makes a folder ask for code of its own, which would leave a marker."""
+    code = f"open({str(marker)!r}, 'w').close()\nraise ImportError('the code ran')\n"
+    (folder / "own.py").write_text(code)
     names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     edit_json(folder / "config.json", model_type=family, auto_map=names)
     edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tok", None]})
-    for load in LOADERS:
-        try:
-            load(str(folder))
-        except ConfigError as error:
-            assert family == "made-up" or load is load_tokenizer, error
-    assert not marker.exists()
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("family", ["gpt2", "made-up"])
+def test_code_in_a_model_folder_does_not_run(
+    load: Callable[[str], object], folder: Path, tmp_path: Path, family: str
+) -> None:
+    """Not even where the library knows the family: the folder asks for something else."""
+    add_code(folder, tmp_path / "it-ran", family)
+    told = refused(load, folder)
+    assert "asks to run Python code: auto_map=" in told and told.endswith("nothing of it ran")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_code_runs_where_it_is_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the test above: the marker would have shown it."""
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    add_code(folder, tmp_path / "it-ran", "made-up")
+    with pytest.raises(ConfigError, match="the code ran"):
+        load_model_config(str(folder), trust_remote_code=True, revision="main")
+    assert (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_of_a_hub_repository_are_code_too(folder: Path, key: str) -> None:
+    edit_json(folder / "config.json", **{key: "somebody/kernel"})
+    assert f"Python code: {key}='somebody/kernel'" in refused(load_model_config, folder)
+    edit_json(folder / "config.json", **{key: "sdpa"})
+    load_model_config(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"n_layer": 10**9}, "config.json: n_layer=1000000000 must be at most 2,000"),
+        ({"num_labels": 10**9}, "config.json: num_labels=1000000000 must be at most 2,000"),
+        ({"a": {"b": [{"num_experts": 10**5}]}}, "num_experts=100000 must be at most 2,000"),
+        ({"n_layer": -1}, "num_hidden_layers=-1 must be a whole number in [1, 2,000]"),
+        ({"vocab_size": 10**8}, "vocab_size=100000000 must be a whole number in [1, 10,000,000]"),
+        ({"n_embd": 10**7}, "hidden_size=10000000 must be a whole number in [1, 1,000,000]"),
+        ({"n_positions": float("nan")}, "config.json: n_positions=NaN is no number"),
+    ],
+)
+def test_sizes_that_no_model_has(folder: Path, changes: dict[str, object], told: str) -> None:
+    """A library would make an object for each before it looks at the weights."""
+    edit_json(folder / "config.json", **changes)
+    start = time.monotonic()
+    assert told in refused(load_model_config, folder)
+    assert time.monotonic() - start < 1
+
+
+def test_more_weights_than_the_files_hold(folder: Path) -> None:
+    """Some of 10 GB would be made at random before the library tells that they are lacking."""
+    edit_json(folder / "config.json", n_embd=2000, n_layer=50)
+    told = refused(load_model, folder)
+    assert re.search(
+        r"asks for 2,4\d\d,\d{3},\d{3} weights, the files hold 2\d\d,\d{3} bytes", told
+    )
+
+
+def test_numbers_that_models_do_have(folder: Path) -> None:
+    """Written by libraries: 1e30 as an integer, infinity, a layer counted from the end."""
+    edit_json(
+        folder / "config.json", max_time=float("inf"), feature_layer=-2, mask=-(10**9), top=10**30
+    )
+    assert load_tokenizer(str(folder)).model_max_length > 10**29
+    load_model(str(folder))
+
+
+def test_families_that_predict_no_next_token(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    assert refused(load_model_config, folder) == "clip is no causal language model"
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody-of-that-name/model"])
+def test_paths_that_cannot_be(path: str) -> None:
+    with pytest.raises(ConfigError, match=f"model folder {path[:100]}.* not found"):
+        load_model(path)
+
+
+def test_an_id_beyond_the_embeddings(folder: Path) -> None:
+    """It would end a run with an index error at the first record that has the token."""
+    edit_json(folder / "tokenizer_config.json", eos_token="<end>")
+    with pytest.raises(ConfigError, match=r"token '<end>' with id 300, the model has 300 rows"):
+        load_tokenizer(str(folder))
 
 
 def test_tokenizer_without_end_of_sequence(tmp_path: Path) -> None:
@@ -243,6 +331,40 @@ def test_adapter_that_is_missing_or_does_not_fit(
         )
 
 
+@pytest.mark.parametrize("kind", ["pickle", "decoy", "module", "broken", "hub name"])
+def test_adapters_that_are_refused(folder: Path, tmp_path: Path, kind: str) -> None:
+    adapter, student = tmp_path / "adapter", ModelConfig(student=str(folder))
+    adapted = get_peft_model(
+        load_model(str(folder)), PeftLoraConfig(r=1, target_modules="all-linear")
+    )
+    adapted.save_pretrained(str(adapter))
+    path, told = str(adapter), f"cannot load {adapter}"
+    if kind == "pickle":
+        (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    elif kind == "decoy":
+        weights = adapter / "adapter_model.safetensors"
+        (adapter / "other.safetensors").write_bytes(weights.read_bytes())
+        weights.rename(adapter / "adapter_model.bin")
+        told = r"holds no adapter_model\.safetensors"
+    elif kind == "module":
+        edit_json(adapter / "adapter_config.json", megatron_config={}, megatron_core="antigravity")
+    elif kind == "broken":
+        edit_json(adapter / "adapter_config.json", peft_type=7)
+        told = "does not fit"
+    else:
+        path, told = "somebody/adapter", "adapter folder somebody/adapter not found"
+    config = dataclasses.replace(student, teacher=str(folder), teacher_lora=path)
+    with pytest.raises(ConfigError, match=told):
+        load_teacher(config, dtype=torch.float32)
+
+
+def test_a_rank_beyond_the_width(folder: Path) -> None:
+    """10⁹ would ask for the memory of 10⁹ rows."""
+    config = ModelConfig(student=str(folder), student_lora=LoraConfig(r=10**9))
+    with pytest.raises(ConfigError, match=r"student_lora\.r=1000000000 must be in \[1, 32\]"):
+        load_student(config, dtype=torch.float32)
+
+
 def test_student_adapter(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     tiny_llama().save_pretrained(tmp_path)
     lora = LoraConfig(r=2, alpha=5.0, dropout=0.25)
@@ -279,6 +401,16 @@ def test_tokenizers_that_differ(student: tuple[str, ...], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:
         check_same_tokens(words("<u>", "a", "b", "c"), words(*student))
     assert caught.value.exit_code == 2
+
+
+def test_ids_with_gaps_are_compared_too() -> None:
+    """Four thousand million ids of nothing must neither be listed nor hide a difference."""
+    first, second = words("<u>", "a"), words("<u>", "a")
+    ids = {"<u>": 0, "a": 1}
+    first.get_vocab = lambda: ids | {"far": 2**32 - 2}  # type: ignore[method-assign]
+    second.get_vocab = lambda: ids | {"away": 2**32 - 2}  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="1 of 3 ids differ, first 4294967294: 'far' against"):
+        check_same_tokens(first, second)
 
 
 def test_padding_is_cut_from_the_vocabulary() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,29 @@ def test_broken_line_is_skipped_and_counted(tmp_path: Path, kind: str) -> None:
     assert file.problems[0].startswith(f"{path}:2: {expected}")
 
 
+def test_broken_lines_are_kept_for_mending(tmp_path: Path) -> None:
+    """Numbers, reasons and text of all; bytes that are no text stand there as escapes."""
+    lines = [line for line, _ in BROKEN.values()]
+    file = read_records(write(tmp_path, b"\n".join([GOOD, *lines])), bad_lines="skip")
+    kept = [json.loads(line) for line in file.quarantine().splitlines()]
+    assert [entry["line"] for entry in kept] == list(range(2, len(BROKEN) + 2))
+    for (kind, (line, told)), entry in zip(BROKEN.items(), kept, strict=True):
+        assert entry["problem"].startswith(told)
+        if kind == "invalid UTF-8":
+            assert entry["text"] == '{"instruction": "caf\\xe9"}'
+        elif kind != "surrogate in bytes":
+            assert entry["text"] == line.decode()[:10_000]
+    assert file.quarantine().isascii()  # so that any terminal and any tool can show it
+    assert read_records(write(tmp_path, GOOD)).quarantine() == ""
+
+
+def test_names_of_fields_are_shown_as_literals(tmp_path: Path) -> None:
+    """Half a surrogate pair would stop the log's encoder, an escape sequence paint the screen."""
+    path = write(tmp_path, b'{"\\ud83d": 1, "\\u001b[31m": 2, "\xc3\xa4": 3}')
+    told = message_of(path)
+    assert told.endswith(r"(fields: '\x1b[31m', '\xe4', '\ud83d')") and told.isprintable()
+
+
 def test_column_of_the_contract(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + b"\n" + GOOD + b"\n" + GOOD + b"\n" + b'{"input": ""]\n')
     assert "train.jsonl:4: invalid JSON at column 13" in message_of(path)
@@ -210,6 +235,16 @@ def test_only_blank_lines(tmp_path: Path, content: bytes) -> None:
 def test_no_usable_record_left(tmp_path: Path) -> None:
     path = write(tmp_path, b"{\n[]\n")
     assert "0 usable records in 2 lines" in message_of(path, bad_lines="skip")
+
+
+@pytest.mark.parametrize("read", [read_records, file_sha256])
+def test_pipes_and_devices_are_not_waited_for(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(DataError, match="cannot be read: it is no file"):
+            read(path)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
