@@ -21,6 +21,7 @@ from distilllens.errors import (
     leave_code,
 )
 from distilllens.evaluation.protocol import evaluate_checkpoint
+from distilllens.signals import steady_screen
 
 EXIT_INTERRUPTED = 130
 
@@ -28,6 +29,11 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the evaluation and returns the exit code of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with steady_screen():
+        return _evaluate(arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
     try:
         evaluate_checkpoint(load_evaluate_config(arguments))
     except UserError as error:

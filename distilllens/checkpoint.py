@@ -91,6 +91,8 @@ class TrainState:
     step: int = 0
     best_metric: float | None = None
     best_step: int = 0
+    evaluated_step: int = 0
+    """The last step whose dev evaluation is done and logged."""
 
     def take_if_best(self, metric: float, *, larger: bool) -> bool:
         """Remembers a metric if it is the best so far; the first always is, NaN never after it."""

@@ -312,7 +312,7 @@ def load_config(argv: Sequence[str] | None = None) -> TrainConfig:
 def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Reads an evaluation configuration; the same form and errors as `load_config`."""
     config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
-    raise_problems(eval_problems(config.eval))
+    raise_problems(eval_problems(config.eval) + name_problems("name", config.name))
     return config
 
 
@@ -400,13 +400,22 @@ def train_problems(config: TrainConfig) -> list[str]:
             config.tracking.log_every >= 1
         ),
     }
-    problems = [text for text, holds in rules.items() if not holds]
+    problems = [text for text, holds in rules.items() if not holds] + name_problems(
+        "run.name", run.name
+    )
     lora = model.student_lora
     if lora is not None and (lora.r < 1 or not 0 <= lora.dropout < 1):
         problems.append(f"model.student_lora={lora} needs r ≥ 1 and dropout in [0, 1)")
     if run.max_wall_time is not None:
         parse_wall_time(run.max_wall_time)
     return problems + eval_problems(config.eval)
+
+
+def name_problems(key: str, name: str | None) -> list[str]:
+    """Says why a name cannot stand in reports and trackers; it may look like kd/rkl."""
+    if name is None or (len(name) <= 200 and name[0] != "/" and ".." not in name.split("/")):
+        return []
+    return [f"{key}={name!r:.80} must have at most 200 characters, no leading / and no .."]
 
 
 def eval_problems(config: EvalConfig) -> list[str]:

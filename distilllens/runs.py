@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from distilllens import __version__
-from distilllens.errors import ConfigError, StorageError
+from distilllens.errors import ConfigError, StorageError, UserError
 from distilllens.manifest import saved_states
 
 RECORDED_PACKAGES = (
@@ -136,13 +136,24 @@ def create_run_folder(path: str) -> RunFolder:
 
     Raises:
         StorageError: It cannot be made or written to.
+        ConfigError: Something in it is a symbolic link, through which a run would write elsewhere.
     """
     folder = RunFolder(Path(path))
     try:
+        links = [p for p in folder.root.iterdir() if p.is_symlink()] if folder.root.is_dir() else []
+        if links:
+            raise ConfigError(
+                f"{links[0]} is a symbolic link to {os.readlink(links[0])}",
+                why="a run replaces and deletes what lies in its folder",
+                fix="remove the link, or choose another --run.output_dir",
+                kept="nothing was written",
+            )
         folder.root.mkdir(parents=True, exist_ok=True)
         probe = folder.root / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)  # of a shared folder: pids of two machines can be the same
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise StorageError(
             f"run.output_dir={path} cannot be written",

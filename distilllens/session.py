@@ -121,7 +121,7 @@ def dry_run(config: TrainConfig) -> None:
     """Checks everything that can be checked without weights, and tells what would happen."""
     if not distributed.is_main():
         return
-    console = Console()
+    console = Console(markup=False)  # brackets in a folder's name are no markup
     plan = plan_run(config)
     world_size = distributed.environment_world_size()
     data = load_data(plan)
@@ -176,7 +176,7 @@ def _train(trainer: Trainer, folder: RunFolder, resumed: Path | None) -> None:
     if resumed is not None:
         trainer.resume(resumed)
     if distributed.is_main():
-        trim_metrics(folder.metrics, trainer.state.step)
+        trim_metrics(folder.metrics, trainer.state.step, trainer.state.evaluated_step)
     trainer.fit()
     trainer.tracker.say(f"done: {trainer.state.step} steps; the best model is {folder.best}")
     if distributed.is_main():
@@ -277,8 +277,10 @@ def _step(state: Path | None) -> int:
     return 0 if state is None else int(state.name.removeprefix("step-"))
 
 
-def trim_metrics(path: Path, step: int) -> None:
+def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
     """Cuts off the lines of steps after ``step``, which a killed run wrote and this one does again.
+
+    So it does the evaluation of ``step`` itself, if the saved state is from before that.
 
     Lines stand in the order of their steps, so that one cut does it: whoever has the file open to
     append goes on behind it, and a kill leaves the lines that stay as they are.
@@ -289,7 +291,9 @@ def trim_metrics(path: Path, step: int) -> None:
     with path.open("rb") as lines:
         for line in lines:
             try:
-                stays = 0 < json.loads(line)["step"] <= step and line.endswith(b"\n")
+                found = json.loads(line)
+                last = step if "train/loss" in found else evaluated_step
+                stays = 0 < found["step"] <= last and line.endswith(b"\n")
             except (ValueError, KeyError, TypeError):
                 stays = False  # half a line: the process died while writing it
             if not stays:

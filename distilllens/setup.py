@@ -143,7 +143,7 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
             f"deepspeed={path}: {(error.strerror or str(error)).lower()}",
             fix="see configs/deepspeed/ for what there is",
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed={path}: not JSON", why=str(error)) from None
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed={path}: expected a JSON object, got {content!r:.60}")
@@ -152,6 +152,12 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
             f"deepspeed={path}: remove {', '.join(taken)}",
             why="batch, accumulation, clipping and optimizer come from the optim section",
         )
+    for section in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(value := content.get(section, {}), dict):
+            raise ConfigError(f"deepspeed={path}: {section} must be an object, got {value!r:.60}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in range(4):
+        raise ConfigError(f"deepspeed={path}: the ZeRO stage must be 0 to 3, got {stage!r:.60}")
     if content.get("fp16", {}).get("enabled", False):
         raise ConfigError(f"deepspeed={path}: fp16 is not supported", fix="use a bf16 file")
     bf16 = bool(content.get("bf16", {}).get("enabled", False))
@@ -162,7 +168,7 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
             f"model.dtype={wanted}, but {path} has bf16 {'on' if bf16 else 'off'}",
             fix=f"choose configs/deepspeed/*_{'bf16' if wanted == 'bfloat16' else 'fp32'}.json",
         )
-    if bf16 and content.get("zero_optimization", {}).get("stage", 0) == 0:
+    if bf16 and stage == 0:
         raise ConfigError(
             f"deepspeed={path}: bf16 needs ZeRO stage 1 or more",
             why="stage 0 makes the first bf16 updates too small",

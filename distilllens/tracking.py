@@ -23,6 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distilllens.runs import redact
+
 WandbMode = Literal["disabled", "offline", "online"]
 
 logger = logging.getLogger("distilllens")
@@ -85,7 +87,8 @@ class Tracker:
             console = self._progress.console if self._progress is not None else self.console
             # No markup, as a path may hold brackets; no wrapping, which would cut a path in two.
             console.print(content, markup=False, soft_wrap=isinstance(content, str))
-            self._log_console.print(content, markup=False)
+            logged = redact(content) if isinstance(content, str) else content
+            self._log_console.print(logged, markup=False)
             self._log.flush()
 
     def start(self, step: int = 0) -> None:

@@ -9,7 +9,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from distilllens.numerics_guard import NumericsGuard
 from distilllens.runs import RunFolder, write_status
 from distilllens.schedule import learning_rate
 from distilllens.setup import Plan, StepCount, build_optimizer
-from distilllens.signals import StopRequest
+from distilllens.signals import Request, Stopped, StopRequest
 from distilllens.student import DistillationModule, Teacher
 from distilllens.teacher_cache import CachedTeacher
 from distilllens.tracking import Tracker
@@ -119,6 +119,8 @@ class Trainer:
         """Trains to the end, a signal or the time limit; evaluates and saves on the way."""
         self.tracker.start(self.state.step)
         self.totals = self._new_totals()
+        if self.is_evaluation_due():  # of a run that was stopped in it
+            self.finish_step()
         while self.state.step < self.steps.total_steps:
             for batches in self.epoch():
                 self.train_step(batches)
@@ -127,14 +129,25 @@ class Trainer:
                     self.refuse_non_finite()
                 if self.is_log_due():
                     self.log_metrics()
-                if self.is_evaluation_due():
-                    self.evaluate()
-                    self.save()
-                if self.stop.agreed():
-                    self.save()
-                    raise self.stop.error(self.state.step)
+                self.finish_step()
                 if self.state.step >= self.steps.total_steps:
                     break
+
+    def finish_step(self) -> None:
+        """Does what is due after a step: evaluates, saves, and ends the run if it was asked to.
+
+        Raises:
+            Stopped: All processes agreed on it; the step is saved.
+        """
+        if self.is_evaluation_due():
+            with suppress(Stopped):  # saved below; the run that goes on evaluates this step
+                self.evaluate()
+                self.save()
+        if request := self.stop.agreed():
+            self.save()
+            if request is Request.STOP:
+                raise self.stop.error(self.state.step)
+            self.tracker.say(self.stop.saved(self.state.step))
 
     def epoch(self) -> Iterator[StepBatches]:
         """Yields what is left of the epoch, and counts the time of waiting for it."""
@@ -248,10 +261,11 @@ class Trainer:
     # --- Evaluation and saving ---
 
     def is_evaluation_due(self) -> bool:
-        """Each ``eval.every`` steps (default: each epoch), and at the end."""
+        """Each ``eval.every`` steps (default: each epoch), and at the end; once."""
         every = self.config.eval.every or self.steps.steps_per_epoch
         step = self.state.step
-        return step % every == 0 or step == self.steps.total_steps
+        is_its_turn = step % every == 0 or step == self.steps.total_steps
+        return is_its_turn and self.state.evaluated_step < step
 
     def evaluate(self) -> None:
         """Measures the dev set and saves latest/, and best/ if it is the best so far.
@@ -269,6 +283,7 @@ class Trainer:
         if not metrics or self.state.take_if_best(metrics[name], larger=larger):
             copy_model(self.folder.latest, self.folder.best)
             self.tracker.say(f"best/ is now step {step}")
+        self.state.evaluated_step = step
         reach("evaluate.end", step=step)
         metrics["perf/eval_s"] = time.perf_counter() - start
         self.tracker.log(metrics, step=step, epoch=self.epochs_done)
@@ -293,6 +308,7 @@ class Trainer:
         starts = range(0, count, size)
         loss_sum, tokens = 0.0, 0.0
         for turn in range(math.ceil(len(starts) / self.world_size)):
+            self.stop.check("evaluating")
             number = turn * self.world_size + self.rank
             start = starts[number % len(starts)]  # all processes run equally often (ZeRO-3)
             columns = self.data.dev[start : start + size]
@@ -317,6 +333,7 @@ class Trainer:
             max_prompt_length=self.config.data.max_prompt_length,
             rank=self.rank,
             world_size=self.world_size,
+            stop=self.stop,
         )
         return {f"eval/dev/{name}": value for name, value in metrics.items()}
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Literal
 
 from distilllens.data.records import Record, read_records
 from distilllens.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 BENCHMARKS: dict[str, tuple[str, int | None]] = {
     "dolly": ("dolly/valid.jsonl", None),
@@ -49,7 +52,12 @@ def load_benchmark(
             why=f"sets in {data_dir}: {there}",
             fix="fetch the published sets with prepare --download, or put the file there",
         )
-    records = read_records(path, bad_lines=bad_lines, references="many").records
+    file = read_records(path, bad_lines=bad_lines, references="many")
+    if file.broken:
+        logger.warning(
+            "%s: %d broken lines skipped, first %s", path, file.num_skipped, file.problems[0]
+        )
+    records = file.records
     protocol_limit = BENCHMARKS[name][1] if name in BENCHMARKS else None
     return records[: limit if limit is not None else protocol_limit]
 

@@ -1,6 +1,7 @@
 """Tokenised records: made once, kept as memory-mapped Arrow tables, reused by fingerprint.
 
-A prepared folder holds ``train/`` and ``dev/`` (datasets' ``save_to_disk``) and ``manifest.json``.
+A prepared folder holds ``train/`` and ``dev/`` (datasets' ``save_to_disk``), ``manifest.json`` and,
+if lines were skipped, ``broken_lines.jsonl``.
 Everything that decides the tokens is in the manifest's ``source``: where one part of it differs,
 the folder is built anew beside the old one and takes its place by renaming.
 """
@@ -34,6 +35,8 @@ from distilllens.signals import poll, stoppable
 
 FORMAT_VERSION = 1
 """Raised whenever the same source would give other tokens or other columns."""
+QUARANTINE = "broken_lines.jsonl"
+"""In a prepared folder: the lines that were skipped, with their numbers and what is wrong."""
 CHUNK_RECORDS = 1000
 """Records tokenised at once: the unit of progress, and of memory held as Python lists."""
 
@@ -236,6 +239,12 @@ def _build(
     console: Console,
 ) -> None:
     """Writes the prepared folder next to its place and renames it there."""
+    if folder.is_symlink():
+        raise StorageError(
+            f"{folder} is a symbolic link to {os.readlink(folder)}, and would be replaced",
+            fix="give the folder itself with data.processed, or remove the link",
+            kept="what it shows is untouched",
+        )
     if folder.exists() and not _is_prepared(folder):
         raise StorageError(
             f"{folder} holds other things than tokenised data",
@@ -262,8 +271,10 @@ def _build(
     }
     for problem in file.problems[:10]:
         console.print(f"skipped {problem}", soft_wrap=True, highlight=False, markup=False)
+    if file.broken:
+        console.print(f"all of them: {folder / QUARANTINE}", soft_wrap=True, markup=False)
     try:
-        _write(folder, tables, {"source": source, "stats": stats})
+        _write(folder, tables, {"source": source, "stats": stats}, file.quarantine())
     except OSError as error:
         if not _difference(folder, source):
             return  # another process built the same data meanwhile
@@ -351,11 +362,14 @@ def _is_prepared(folder: Path) -> bool:
     return folder.is_dir() and {p.name for p in folder.iterdir()} <= {
         "train",
         "dev",
+        QUARANTINE,
         "manifest.json",
     }
 
 
-def _write(folder: Path, tables: dict[str, Dataset], manifest: dict[str, Any]) -> None:
+def _write(
+    folder: Path, tables: dict[str, Dataset], manifest: dict[str, Any], quarantine: str
+) -> None:
     """Saves the tables, the manifest last, and puts the whole in place by renaming."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{uuid4().hex[:8]}"
@@ -367,6 +381,8 @@ def _write(folder: Path, tables: dict[str, Dataset], manifest: dict[str, Any]) -
                 # Without num_shards an empty table is saved as no file and cannot be loaded.
                 shards = 1 if len(table) == 0 else None
                 table.save_to_disk(str(building / name), num_shards=shards)
+        if quarantine:
+            (building / QUARANTINE).write_text(quarantine, encoding="utf-8")
         stored = sorted(path for path in building.rglob("*") if path.is_file())
         manifest["files"] = {str(p.relative_to(building)): p.stat().st_size for p in stored}
         manifest["fingerprint"] = _fingerprint(manifest["source"])

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 import evaluate
 import train
-from distilllens import session
+from distilllens import session, trainer
+from distilllens.__main__ import main as command_main
 from distilllens.config import DataConfig, EvalConfig
 from distilllens.data import tokenize
 from distilllens.data.records import read_records
@@ -209,6 +210,7 @@ E2 = '{"step": 2, "eval/dev/loss": 1}\n'
     [
         (T2 + E2 + T4, 2, 2),
         (T2 + T4, 4, 2),
+        (T2 + T4 + E2.replace("2", "4"), 4, 2),  # evaluated after the save
         (T2 + T4, 0, 0),
         (T2 + T4[:8], 4, 1),
         (T2 + T4[:-1], 4, 1),  # killed before the end of the line
@@ -222,9 +224,95 @@ def test_metrics_after_the_resumed_step_are_cut_off_under_an_open_tracker(
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     with path.open("a") as tracker:
-        session.trim_metrics(path, step)
+        session.trim_metrics(path, step, evaluated_step=min(step, 2))
         tracker.write("new\n")
     assert path.read_text().splitlines() == [*content.splitlines()[:kept], "new"]
+
+
+def touch_save_now(run: Path) -> None:
+    (run / "save.now").touch()
+
+
+def send_sigusr1(_: Path) -> None:
+    signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("ask_for_it", [touch_save_now, send_sigusr1])
+def test_a_run_that_is_asked_to_saves_and_goes_on(
+    ask_for_it: Callable[[Path], None],
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = RunFolder(workspace.root / "run")
+    advance, steps = Tracker.advance, iter(range(1, 100))
+
+    def advance_and_ask(self: Tracker, now: int) -> None:
+        advance(self, now)
+        if next(steps) == 3:
+            ask_for_it(run.root)
+
+    monkeypatch.setattr(Tracker, "advance", advance_and_ask)
+    assert train.main(workspace.flags("--optim.max_steps", "5", "--eval.every", "5")) == 0
+    assert capsys.readouterr().out.count("saved step 3, as asked") == 1
+    assert {path.name for path in run.state.iterdir()} == {"step-3", "step-5"}
+    assert not run.save_now.exists()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("generated", [False, True])
+def test_sigterm_in_the_dev_evaluation_ends_within_a_batch_and_loses_no_metrics(
+    step: int,
+    generated: bool,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The evaluations of steps 2 and 4 have 3 batches each; the last step's is done again too."""
+    flags = ["--optim.max_steps", "4", "--eval.every", "2", "--tracking.log_every", "1"]
+    flags += ["--eval.max_new_tokens", "4", "--data.max_prompt_length", "110"]
+    flags += ["--eval.metric", "rougeL" if generated else "loss"]
+    assert train.main(workspace.flags(*flags, out="straight")) == 0
+    place = (generation, "_generate_batch") if generated else (trainer, "collate_columns")
+    with monkeypatch.context() as patch:
+        calls = signal_in_call(3 * (step // 2) - 1, signal.SIGTERM, patch, *place)
+        assert train.main(workspace.flags(*flags)) == 143
+    assert len(calls) == 3 * (step // 2) - 1
+    assert f"SIGTERM: saved step {step}" in capsys.readouterr().err
+    assert train.main(workspace.flags(*flags)) == 0
+    told = []
+    for name in ("straight", "run"):
+        lines = [json.loads(x) for x in RunFolder(workspace.root / name).metrics.open()]
+        timed = ("time", "perf/")
+        told.append([{k: v for k, v in x.items() if not k.startswith(timed)} for x in lines])
+    assert told[0] == told[1]
+    exported = [workspace.root / name / "best/model.safetensors" for name in ("straight", "run")]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+def test_what_a_run_says_is_logged_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUB_TOKEN", SECRET)
+    files = (tmp_path / "metrics.jsonl", tmp_path / "log.txt")
+    with Tracker(*files, active=True, total_steps=1) as tracker:
+        tracker.say(f"from https://host/{SECRET}")
+    assert files[1].read_text() == "from https://host/[redacted]\n"
+
+
+def test_every_command_tells_a_users_error_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("prepare", "skills"):
+        assert command_main([command, "--nosuch", "1"]) == 2, command
+        error = capsys.readouterr().err
+        assert error.startswith("error[DL-CONFIG]") and "Traceback" not in error
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distilllens.quickstart.skills_main", interrupt)
+    assert command_main(["skills"]) == 130
 
 
 def test_ctrl_c_before_anything_began_is_one_line(
