@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-import traceback
 from collections.abc import Sequence
 
-from distilllens.errors import EXIT_BUG, UserError, leave_code
-
-EXIT_INTERRUPTED = 130
+from distilllens.errors import end_command
 
 COMMANDS = {
     "prepare": ("distilllens.data.prepare", "prepare_main", "tokenise records, or download them"),
@@ -29,6 +26,9 @@ COMMANDS = {
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 
+OWN_DEBUG = ("cache-teacher",)
+"""Commands that take a training's options, ``--debug`` among them."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -45,27 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     name, *rest = arguments
     module, function, _ = COMMANDS[name]
-    # Shown here, but for the command whose options have a --debug of their own.
-    debug = "--debug" in rest and name != "cache-teacher"
-    rest = [argument for argument in rest if not (debug and argument == "--debug")]
+    debug = "--debug" in rest
+    if name not in OWN_DEBUG:
+        rest = [argument for argument in rest if argument != "--debug"]
     try:  # imported late: torch takes seconds, help should not
         return int(getattr(importlib.import_module(module), function)(rest))
-    except UserError as error:
-        return _end(error, error.exit_code, debug=debug)
-    except KeyboardInterrupt:
-        print("interrupted; the same command starts again", file=sys.stderr)
-        return leave_code(EXIT_INTERRUPTED)
-    except Exception as error:
-        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        return _end(UserError(what, fix="--debug shows the traceback"), EXIT_BUG, debug=debug)
-
-
-def _end(error: UserError, code: int, *, debug: bool) -> int:
-    """Tells the user and returns the exit code."""
-    if debug:
-        traceback.print_exc()
-    print(error.format(), file=sys.stderr)
-    return leave_code(code)
+    except (Exception, KeyboardInterrupt) as error:
+        return end_command(error, debug=debug, interrupted="the same command starts again")
 
 
 if __name__ == "__main__":

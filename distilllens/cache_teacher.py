@@ -15,9 +15,7 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +36,10 @@ from distilllens.data.collate import collate_columns
 from distilllens.data.progress import track
 from distilllens.data.tokenize import PreparedData, record_lengths, response_rows
 from distilllens.errors import (
-    EXIT_BUG,
     EXIT_OK,
-    CheckpointError,
     ConfigError,
-    DataError,
     NumericsError,
     StorageError,
-    UserError,
-    leave_code,
 )
 from distilllens.libraries import quiet_libraries
 from distilllens.runs import write_json
@@ -75,38 +68,18 @@ SPARE_DISK = 1.05
 """Free space that must be there, as a share of what will be written."""
 
 
-def cache_teacher_main(argv: Sequence[str] | None = None) -> int:
-    """Caches as the arguments say and returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = any(argument.startswith("--debug") for argument in arguments)
-    command = shlex.join(["python", "-m", "distilllens", "cache-teacher", *arguments])
-    try:
-        config = load_config(arguments)
-        quiet_libraries()
-        cache_teacher(config, distributed.initialize(), StopRequest(resume_command=command))
-    except UserError as error:
-        # Wrong input is the same for all processes: one says it. Other errors are one's own.
-        everywhere = isinstance(error, ConfigError | DataError | CheckpointError)
-        return _end(error, quiet=everywhere and not distributed.is_main(), debug=debug)
-    except Exception as error:
-        return _end(error, quiet=False, debug=debug)
+def cache_teacher_main(argv: Sequence[str]) -> int:
+    """Caches as the arguments say; returns 0.
+
+    Raises:
+        UserError: As `cache_teacher`.
+    """
+    command = shlex.join(["python", "-m", "distilllens", "cache-teacher", *argv])
+    config = load_config(argv)
+    quiet_libraries()
+    cache_teacher(config, distributed.initialize(), StopRequest(resume_command=command))
     distributed.shutdown()
     return EXIT_OK
-
-
-def _end(error: Exception, *, quiet: bool, debug: bool) -> int:
-    """Tells the user, and returns the exit code."""
-    if not isinstance(error, UserError):
-        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        told = UserError(what, fix="--debug shows the traceback")
-        code = EXIT_BUG
-    else:
-        told, code = error, error.exit_code
-    if debug:
-        traceback.print_exception(error)
-    if not quiet:
-        print(told.format(), file=sys.stderr, flush=True)
-    return leave_code(code)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,14 @@ Anything else that escapes ``main`` is a bug of ours and ends with exit code 1.
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from pathlib import Path
 
 EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_TIME_LIMIT = 75
+EXIT_INTERRUPTED = 130
 
 
 CODE_FILE = "DISTILLLENS_CODE_FILE"
@@ -36,6 +39,8 @@ class UserError(ValueError):
 
     exit_code = EXIT_BUG
     label = "DL-BUG"
+    everywhere = False
+    """Whether all processes meet it alike, so that the first alone should tell it."""
 
     def __init__(self, what: str, *, why: str = "", fix: str = "", kept: str = "") -> None:
         self.what, self.why, self.fix, self.kept = what, why, fix, kept
@@ -53,18 +58,21 @@ class ConfigError(UserError):
     """Usage, configuration, model folders, layers, tokenizers."""
 
     exit_code, label = 2, "DL-CONFIG"
+    everywhere = True
 
 
 class DataError(UserError):
     """Input records and data folders."""
 
     exit_code, label = 3, "DL-DATA"
+    everywhere = True
 
 
 class CheckpointError(UserError):
     """Saving, loading and resuming."""
 
     exit_code, label = 4, "DL-CHECKPOINT"
+    everywhere = True
 
 
 class NumericsError(UserError):
@@ -83,3 +91,29 @@ class DistributedError(UserError):
     """Process groups and ranks."""
 
     exit_code, label = 7, "DL-DISTRIBUTED"
+
+
+def as_user_error(error: Exception, trace: str = "--debug shows the traceback") -> UserError:
+    """Returns the error itself, or what a user should read of a bug of ours."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", fix=trace)
+
+
+def end_command(error: Exception | KeyboardInterrupt, *, debug: bool, interrupted: str) -> int:
+    """Tells the user on the screen how a command ended, and returns the exit code.
+
+    Args:
+        error: What was raised; called while it is handled.
+        debug: Show the traceback too.
+        interrupted: What the same command will do, told after Ctrl-C.
+    """
+    if debug:
+        traceback.print_exc()
+    if isinstance(error, KeyboardInterrupt):
+        print(f"interrupted; {interrupted}", file=sys.stderr)
+        return leave_code(EXIT_INTERRUPTED)
+    told = as_user_error(error)
+    if not told.everywhere or os.environ.get("RANK", "0") == "0":
+        print(told.format(), file=sys.stderr, flush=True)
+    return leave_code(told.exit_code)

@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from distilllens.config import TrainConfig
@@ -77,7 +78,7 @@ class StepLoader:
     def __init__(
         self,
         plan: Plan,
-        table: Any,
+        table: Dataset,
         steps: StepCount,
         *,
         cache: CachedTeacher | None,

@@ -21,11 +21,7 @@ from distilllens.checkpoint import check_same_config, find_state
 from distilllens.config import TrainConfig, dump_config, load_config
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import (
-    EXIT_OK,
-    UserError,
-    leave_code,
-)
+from distilllens.errors import EXIT_OK, UserError, as_user_error, leave_code
 from distilllens.layers import layer_table
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
@@ -304,13 +300,7 @@ def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
 
 def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
     """Tells the user, writes status.json and the traceback, and returns the exit code."""
-    if isinstance(error, UserError):
-        told = error
-    else:
-        told = UserError(
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            fix="--debug shows the traceback; log.txt of the run holds it",
-        )
+    told = as_user_error(error, "--debug shows the traceback; log.txt of the run holds it")
     message, code = redact(told.format()), told.exit_code
     rank = int(os.environ.get("RANK", "0"))  # the process group may not stand yet
     if debug:

@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,3 +249,24 @@ def workspace(
     write_records(tmp_path / "data/toy/raw.jsonl", 60)
     write_records(tmp_path / "data/toy/valid.jsonl", 10, seed=1)
     return Workspace(tmp_path)
+
+
+def add_dropout(workspace: Workspace) -> None:
+    """Makes the random state count."""
+    model = GPT2LMHeadModel.from_pretrained(workspace.root / "student")
+    model.config.update({"resid_pdrop": 0.1})
+    model.save_pretrained(workspace.root / "student")
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process SIGTERM as soon as an optimizer step is done."""
+    from distilllens.tracking import Tracker  # after the import hook above
+
+    advance = Tracker.advance
+
+    def advance_and_stop(self: Tracker, now: int) -> None:
+        advance(self, now)
+        if now == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Tracker, "advance", advance_and_stop)

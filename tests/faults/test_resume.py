@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECT, Workspace
+from conftest import PROJECT, Workspace, add_dropout, stop_at
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
 
 from distilllens import checkpoint
 from distilllens.__main__ import main as command
@@ -24,7 +23,6 @@ from distilllens.checkpoint import TrainState, find_state
 from distilllens.faults import VARIABLE
 from distilllens.manifest import read_manifest
 from distilllens.runs import RunFolder
-from distilllens.tracking import Tracker
 from distilllens.trainer import Trainer
 from train import main
 
@@ -52,25 +50,6 @@ def same(one: Path, other: Path) -> bool:
         if left.keys() != right.keys() or any(not torch.equal(left[n], right[n]) for n in left):
             return False
     return True
-
-
-def add_dropout(workspace: Workspace) -> None:
-    """Makes the random state count."""
-    model = GPT2LMHeadModel.from_pretrained(workspace.root / "student")
-    model.config.update({"resid_pdrop": 0.1})
-    model.save_pretrained(workspace.root / "student")
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends this process SIGTERM as soon as an optimizer step is done."""
-    advance = Tracker.advance
-
-    def advance_and_stop(self: Tracker, now: int) -> None:
-        advance(self, now)
-        if now == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Tracker, "advance", advance_and_stop)
 
 
 def stopped(workspace: Workspace, step: int, *flags: str, out: str = "run") -> Path:

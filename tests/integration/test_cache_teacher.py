@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from distilllens import cache_teacher, teacher_cache
-from distilllens.cache_teacher import cache_teacher_main
+from distilllens.__main__ import main as command
 from distilllens.config import load_config
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
@@ -40,6 +40,10 @@ class Opened(NamedTuple):
     plan: Plan
     data: PreparedData
     cache: CachedTeacher
+
+
+def run_command(flags: list[str]) -> int:
+    return command(["cache-teacher", *flags])
 
 
 def cache_flags(place: Workspace, *more: str) -> list[str]:
@@ -89,7 +93,7 @@ def test_the_loss_of_cached_rows_is_that_of_the_teacher(
 ) -> None:
     deepspeed = ("--deepspeed", workspace.deepspeed(1, precision))
     flags = cache_flags(workspace, *deepspeed, "--model.teacher_cache_bits", bits)
-    assert cache_teacher_main(flags) == 0
+    assert run_command(flags) == 0
     plan, data, cache = open_cache(flags)
     teacher = run_teacher(plan, data, CPU)
     module = build_module(plan, data, CPU, teacher.unembedding())
@@ -117,7 +121,7 @@ def test_8_bits_are_told_with_their_error(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = cache_flags(workspace, "--model.teacher_cache_bits", "8")
-    assert cache_teacher_main(flags) == 0
+    assert run_command(flags) == 0
     told = " ".join(capsys.readouterr().out.split())
     manifest = read_manifest(workspace.root / "cache")
     assert manifest is not None
@@ -139,7 +143,7 @@ def test_a_merged_adapter_is_in_the_rows(workspace: Workspace) -> None:
     adapted: Any = get_peft_model(teacher, lora)
     adapted.save_pretrained(workspace.root / "adapter")
     flags = cache_flags(workspace, "--model.teacher_lora", f"{workspace.root}/adapter")
-    assert cache_teacher_main(flags) == 0
+    assert run_command(flags) == 0
     _, data, cache = open_cache(flags)
     sample = data.train[7]
     ids = torch.tensor([sample["prompt_ids"] + sample["response_ids"]])
@@ -156,7 +160,7 @@ def test_a_padded_teacher_vocabulary_is_stored_whole(
     tiny_gpt2(vocab=320, n_layer=6, n_embd=48, n_head=2, seed=1).save_pretrained(
         workspace.root / "teacher"
     )
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     opened = open_cache(cache_flags(workspace))
     assert opened.plan.vocab_size == 300
     assert opened.cache.unembedding().head_VD.shape == (320, 48)
@@ -164,7 +168,7 @@ def test_a_padded_teacher_vocabulary_is_stored_whole(
 
 def test_responses_cut_at_the_length_have_their_rows(workspace: Workspace) -> None:
     lengths = ("--data.max_length", "100", "--data.max_prompt_length", "95")
-    assert cache_teacher_main(cache_flags(workspace, *lengths)) == 0
+    assert run_command(cache_flags(workspace, *lengths)) == 0
     _, data, cache = open_cache(cache_flags(workspace, *lengths))
     assert data.stats["train"]["cut_responses"] > 0
     counts = [len(cache.rows([record]).final) for record in range(len(data.train))]
@@ -175,14 +179,14 @@ def test_a_cache_of_more_serves_fewer(
     workspace: Workspace, small_shards: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fewer records, fewer layers, another student's layers, seeds, batches and objective."""
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     before = files(workspace.root / "cache")
     more = (
         *("--data.train_size", "11", "--run.seed", "3", "--optim.micro_batch_size", "2"),
         *("--objective.approach", "kd", "--objective.divergence", "fkl"),
         *("--objective.temperature", "2", "--data.group_by_length", "false"),
     )
-    assert cache_teacher_main(cache_flags(workspace, *more)) == 0
+    assert run_command(cache_flags(workspace, *more)) == 0
     assert "all is there already" in " ".join(capsys.readouterr().out.split())
     assert files(workspace.root / "cache") == before
     full, fewer = open_cache(cache_flags(workspace)), open_cache(cache_flags(workspace, *more))
@@ -199,7 +203,7 @@ def test_only_what_is_missing_is_made_again(
     workspace: Workspace, small_shards: None, leftovers: bool
 ) -> None:
     folder = workspace.root / "cache"
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     before, bytes_before = files(folder), contents(folder)
     assert len(before) > 6
     (folder / "rows-00001.safetensors").unlink()
@@ -208,7 +212,7 @@ def test_only_what_is_missing_is_made_again(
         (folder / "manifest.json").unlink()
         with pytest.raises(ConfigError, match="is not finished"):
             open_cache(cache_flags(workspace))
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     after = files(folder)
     assert contents(folder) == bytes_before and after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
@@ -231,18 +235,18 @@ def test_a_stopped_run_says_what_is_kept_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_teacher, "write_shard", write_and_stop)
-        assert cache_teacher_main(flags) == 143
+        assert run_command(flags) == 143
     told = capsys.readouterr().err
     assert "SIGTERM: the finished shards are kept" in told
     assert "go on with: python -m distilllens cache-teacher --model.student" in told
     kept = files(folder)
     assert kept.keys() == {"rows-00000.safetensors", "rows-00001.safetensors"}
-    assert cache_teacher_main(flags) == 0
+    assert run_command(flags) == 0
     assert "2 there already" in " ".join(capsys.readouterr().out.split())
     assert files(folder).items() >= kept.items()
     stopped = contents(folder)
     shutil.rmtree(folder)
-    assert cache_teacher_main(flags) == 0
+    assert run_command(flags) == 0
     assert contents(folder) == stopped
 
 
@@ -251,7 +255,7 @@ def test_more_records_are_added(
 ) -> None:
     """While they are, no manifest promises what the shards no longer hold."""
     folder = workspace.root / "cache"
-    assert cache_teacher_main(cache_flags(workspace, "--data.train_size", "20")) == 0
+    assert run_command(cache_flags(workspace, "--data.train_size", "20")) == 0
     before = files(folder)
     with pytest.raises(ConfigError, match="holds 20 records, this run has 48"):
         open_cache(cache_flags(workspace))
@@ -262,12 +266,12 @@ def test_more_records_are_added(
         write(*arguments, **more)
 
     monkeypatch.setattr(cache_teacher, "write_shard", write_and_look)
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     assert promises and not any(promises)
     after, made = files(folder), contents(folder)
     assert after["rows-00000.safetensors"] == before["rows-00000.safetensors"]
     shutil.rmtree(folder)
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     assert contents(folder) == made
 
 
@@ -281,7 +285,7 @@ def test_two_processes_write_the_same_bytes(workspace: Workspace, small_shards: 
         "    print(f'\\nprocess {os.environ[\"RANK\"]} wrote {shard.number}\\n', flush=True)\n"
         "    write(folder, shard, *arguments, **more)\n"
         "cache_teacher.write_shard = tell_and_write\n"
-        "sys.exit(cache_teacher.cache_teacher_main())\n"
+        "from distilllens.__main__ import main\nsys.exit(main(['cache-teacher', *sys.argv[1:]]))\n"
     )
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
     done = subprocess.run(
@@ -301,7 +305,7 @@ def test_two_processes_write_the_same_bytes(workspace: Workspace, small_shards: 
     made, manifest = contents(folder), read_manifest(folder)
     assert len(made) == len(wrote) + 1
     shutil.rmtree(folder)
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     assert contents(folder) == made and read_manifest(folder) == manifest
 
 
@@ -369,7 +373,7 @@ def test_a_cache_of_something_else_is_refused_by_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Both by a training and by the command, which keeps all of it."""
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     if change is not None:
         change(workspace)
     before = files(workspace.root / "cache")
@@ -380,7 +384,7 @@ def test_a_cache_of_something_else_is_refused_by_name(
         open_cache(arguments)
     named = {part.split()[0] for part in caught.value.what.partition("made with ")[2].split("; ")}
     assert named == parts
-    assert cache_teacher_main(arguments) == 2
+    assert run_command(arguments) == 2
     assert caught.value.what in capsys.readouterr().err
     assert files(workspace.root / "cache") == before
 
@@ -388,17 +392,17 @@ def test_a_cache_of_something_else_is_refused_by_name(
 def test_shards_of_something_else_are_refused_before_there_is_a_manifest(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     (workspace.root / "cache/manifest.json").unlink()
     other_teacher(workspace)
-    assert cache_teacher_main(cache_flags(workspace)) == 2
+    assert run_command(cache_flags(workspace)) == 2
     assert "was made with teacher " in capsys.readouterr().err
 
 
 def test_weights_that_did_not_change_are_not_read_again(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     weights = workspace.root / "teacher/model.safetensors"
     read: list[str] = []
     digest = teacher_cache.file_sha256
@@ -424,16 +428,16 @@ def test_a_full_disk_is_refused_before_the_work(
         return shutil._ntuple_diskusage(10**12, 0, needed)
 
     monkeypatch.setattr(cache_teacher.shutil, "disk_usage", usage)
-    assert cache_teacher_main(cache_flags(workspace)) == 6
+    assert run_command(cache_flags(workspace)) == 6
     told = capsys.readouterr().err
     assert "error[DL-STORAGE]" in told and "0 bytes are free" in told
     assert not (workspace.root / "cache").exists()
     data = load_data(plan_run(load_config(cache_flags(workspace))))
     rows = sum(len(response) for response in data.train["response_ids"])
     needed = (rows * 3 * 48 * 4 + 300 * 48 * 4) * 105 // 100 - 1
-    assert cache_teacher_main(cache_flags(workspace)) == 6
+    assert run_command(cache_flags(workspace)) == 6
     needed += 2
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(
@@ -449,14 +453,14 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(
         save_file(tensors, path, metadata)
 
     monkeypatch.setattr(cache_teacher, "save_file", save_until_full)
-    assert cache_teacher_main(cache_flags(workspace)) == 6
+    assert run_command(cache_flags(workspace)) == 6
     told = capsys.readouterr().err
     assert "rows-00002.safetensors" in told and "No space left" in told and "kept: " in told
     kept = files(workspace.root / "cache")
     assert kept.keys() == {"rows-00000.safetensors", "rows-00001.safetensors"}
     monkeypatch.undo()
     monkeypatch.setattr(cache_teacher, "SHARD_BYTES", SMALL_SHARDS)
-    assert cache_teacher_main(cache_flags(workspace)) == 0
+    assert run_command(cache_flags(workspace)) == 0
     assert files(workspace.root / "cache").items() >= kept.items()
 
 
@@ -471,7 +475,7 @@ def test_rows_that_are_not_finite_are_refused(
         return rows
 
     monkeypatch.setattr(cache_teacher.Teacher, "rows", overflow)
-    assert cache_teacher_main(cache_flags(workspace)) == 5
+    assert run_command(cache_flags(workspace)) == 5
     assert "hidden rows are not all finite" in capsys.readouterr().err
     assert files(workspace.root / "cache") == {}
 
@@ -495,7 +499,7 @@ def test_wrong_options(
 ) -> None:
     root = str(workspace.root)
     arguments = cache_flags(workspace, *(flag.replace("ROOT", root) for flag in flags))
-    assert cache_teacher_main(arguments) == 2
+    assert run_command(arguments) == 2
     assert told.replace("ROOT", root) in capsys.readouterr().err
     assert not (workspace.root / "cache").exists()
 
@@ -506,7 +510,7 @@ def test_a_manifest_of_something_else_is_refused(
     (workspace.root / "cache").mkdir()
     for content in ("{", "[]", '{"source": 1}'):
         (workspace.root / "cache/manifest.json").write_text(content)
-        assert cache_teacher_main(cache_flags(workspace)) == 2
+        assert run_command(cache_flags(workspace)) == 2
         assert "is not of a teacher cache" in capsys.readouterr().err
 
 
@@ -517,7 +521,7 @@ def test_a_folder_that_is_not_there_is_named_with_the_command(workspace: Workspa
 
 
 def test_a_dry_run_writes_nothing(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cache_teacher_main([*cache_flags(workspace), "--dry_run"]) == 0
+    assert run_command([*cache_flags(workspace), "--dry_run"]) == 0
     told = capsys.readouterr().out
     assert "dry run: nothing was written" in told and "0 there already" in told
     assert not (workspace.root / "cache").exists()

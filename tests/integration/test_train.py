@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Workspace
+from conftest import Workspace, add_dropout, stop_at
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from distilllens.config import load_config
-from distilllens.tracking import Tracker
 from train import main
 
 
@@ -137,18 +136,6 @@ def test_dry_run_tells_and_writes_no_run(
     assert not (workspace.root / "run").exists()
 
 
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends this process SIGTERM as soon as an optimizer step is done."""
-    advance = Tracker.advance
-
-    def advance_and_stop(self: Tracker, now: int) -> None:
-        advance(self, now)
-        if now == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Tracker, "advance", advance_and_stop)
-
-
 @pytest.mark.parametrize("stops", [(3,), (2, 7)])
 def test_stopped_and_resumed_is_bit_equal(
     workspace: Workspace,
@@ -157,9 +144,7 @@ def test_stopped_and_resumed_is_bit_equal(
     stops: tuple[int, ...],
 ) -> None:
     """6 steps an epoch: the second stop lies in the next epoch."""
-    model = GPT2LMHeadModel.from_pretrained(workspace.root / "student")
-    model.config.update({"resid_pdrop": 0.1})  # dropout: the random state must come back too
-    model.save_pretrained(workspace.root / "student")
+    add_dropout(workspace)  # the random state must come back too
     flags = ("--optim.max_steps", "9", "--tracking.log_every", "1")
     assert main(workspace.flags(*flags, out="straight")) == 0
     for step in stops:

@@ -20,7 +20,7 @@ from gradient_worker import one_step_gradients
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from distilllens.cache_teacher import cache_teacher_main
+from distilllens.__main__ import main as command
 from distilllens.data.order import epoch_batches
 from distilllens.data.tokenize import record_lengths
 
@@ -118,7 +118,7 @@ def test_one_process_however_computed(workspace: Workspace, flags: tuple[str, ..
 
 def test_cached_teacher(workspace: Workspace) -> None:
     flags = ["--model.teacher_cache", str(workspace.root / "rows"), "--model.teacher_cache_bits=32"]
-    assert cache_teacher_main(job(workspace, 4, 2, 0, *flags)[1]) == 0
+    assert command(["cache-teacher", *job(workspace, 4, 2, 0, *flags)[1]]) == 0
     expected = expected_gradients(workspace)
     (workspace.root / "teacher" / "model.safetensors").touch()  # looked at again, still the same
     assert worst(one_process(workspace, 4, 2, 0, *flags), expected) < TOLERANCE
