@@ -1,7 +1,8 @@
-"""Training states on disk: committed whole, verified, rotated, and found again.
+"""Training states on disk: committed whole, verified, rotated, loaded.
 
 A state ``RUN/state/step-N`` holds DeepSpeed's files, every process's random state, the student as a
-Hugging Face folder, and ``state.json``; `manifest` says when it counts as one.
+Hugging Face folder, and ``state.json``; `manifest` says when it counts as one, `resume` which one a
+run goes on from.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -35,7 +35,8 @@ from transformers import PreTrainedTokenizerBase
 
 from distilllens import distributed
 from distilllens.config import TrainConfig
-from distilllens.errors import CheckpointError, DistributedError, UserError
+from distilllens.distributed import Result, on_main, together
+from distilllens.errors import CheckpointError
 from distilllens.export import (
     STUDENT_FOLDER,
     copy_model,
@@ -49,11 +50,8 @@ from distilllens.manifest import (
     DRAFT,
     FileRecord,
     HashedFile,
-    clean_leftovers,
     delete_state,
-    find_damage,
     hash_folder,
-    newest_good_state,
     read_manifest,
     saved_states,
     step_folders,
@@ -61,26 +59,23 @@ from distilllens.manifest import (
     write_hashed,
     write_manifest,
 )
-from distilllens.runs import RunFolder, git_commit, versions
+from distilllens.resume import STATE_FILE, course_of
+from distilllens.runs import git_commit, redact, versions
 
 __all__ = [
     "TrainState",
-    "check_same_config",
     "copy_model",
     "export_model",
-    "find_state",
     "load_state",
     "save_state",
     "saved_states",
     "storage_error",
 ]
 
-STATE_FILE = "state.json"
 DEEPSPEED_FOLDER = "deepspeed"
 DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 """All that DeepSpeed's files may hold beside tensors and plain values."""
 
-Result = TypeVar("Result")
 logger = logging.getLogger("distilllens")
 
 
@@ -93,6 +88,8 @@ class TrainState:
     best_step: int = 0
     evaluated_step: int = 0
     """The last step whose dev evaluation is done and logged."""
+    tracker_id: str = ""
+    """Of this run at the tracker, so that a resumed run goes on there too."""
 
     def take_if_best(self, metric: float, *, larger: bool) -> bool:
         """Remembers a metric if it is the best so far; the first always is, NaN never after it."""
@@ -104,53 +101,6 @@ class TrainState:
             return False
         self.best_metric, self.best_step = metric, self.step
         return True
-
-
-def together(work: Callable[[], Result]) -> list[Result]:
-    """Does ``work`` on every process; returns the results of all, by rank.
-
-    Where it fails on one process it fails on all, so that none waits for one that has left.
-    ``work`` itself must not communicate.
-
-    Raises:
-        DistributedError: Another process has left, or its error is none of `errors`.
-        Exception: This process's own error, else that of the first process that failed.
-    """
-    if distributed.world_size() == 1:
-        return [work()]
-    result: Result | None = None
-    own_error: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        own_error = error
-    outcomes: list[Any] = [None] * distributed.world_size()
-    try:
-        dist.all_gather_object(outcomes, (result, _portable(own_error)))
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise own_error or DistributedError("another process has left", why=reason) from None
-    if own_error is not None:
-        raise own_error
-    for _, failure in outcomes:
-        if failure is not None:
-            kind, what, parts = failure
-            raise kind(what, **parts)
-    return [result for result, _ in outcomes]
-
-
-def _portable(error: Exception | None) -> tuple[type[UserError], str, dict[str, str]] | None:
-    """Takes an error apart for the way to other processes."""
-    if error is None:
-        return None
-    if isinstance(error, UserError):
-        return type(error), error.what, {"why": error.why, "fix": error.fix, "kept": error.kept}
-    return DistributedError, f"rank {distributed.rank()} failed: {error!r}", {}
-
-
-def on_main(work: Callable[[], Result]) -> Result | None:
-    """Does ``work`` on the first process; all get its result, or its error."""
-    return together(lambda: work() if distributed.is_main() else None)[0]
 
 
 # --- Saving -------------------------------------------------------------------------------------
@@ -197,7 +147,9 @@ class StateParts:
     """The module inside the engine, with or without LoRA."""
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
-    """Plain JSON for the manifest: what a resume must find again, see `check_same_facts`."""
+    """Plain JSON for the manifest: what a resume must find again, see `resume.check_same_facts`."""
+    sums: dict[str, Tensor]
+    """What this process has added up since the last line of metrics."""
     source: Path | None = None
     """The state that this run went on from; it is never deleted."""
 
@@ -262,8 +214,9 @@ def _write_parts(
     if files.failure is not None:
         raise files.failure
     records = {path.relative_to(draft).as_posix(): r for path, r in files.records.items()}
-    name = _random_file(distributed.rank())
-    records[name] = write_hashed(draft / name, to_safetensors(_random_state()))
+    name = _rank_file(distributed.rank())
+    own = {**_prefixed(RANDOM, _random_state()), **_prefixed(SUMS, parts.sums)}
+    records[name] = write_hashed(draft / name, to_safetensors(own))
     reach("save.after_random", step=state.step)
     if not distributed.is_main():
         return records
@@ -272,7 +225,8 @@ def _write_parts(
         records[f"{STUDENT_FOLDER}/{name}"] = record
     reach("save.after_student", step=state.step)
     content = {**dataclasses.asdict(state), "config": dataclasses.asdict(parts.config)}
-    records[STATE_FILE] = write_hashed(draft / STATE_FILE, json.dumps(content, indent=2).encode())
+    text = redact(json.dumps(content, indent=2))
+    records[STATE_FILE] = write_hashed(draft / STATE_FILE, text.encode())
     reach("save.after_state", step=state.step)
     return records
 
@@ -288,7 +242,7 @@ def _commit(
     if not distributed.is_main():
         return
     reach("save.before_manifest", step=state.step)
-    course = json.dumps(_course(dataclasses.asdict(parts.config)), sort_keys=True)
+    course = json.dumps(course_of(parts.config), sort_keys=True)
     facts = {
         "step": state.step,
         "world_size": distributed.world_size(),
@@ -315,7 +269,9 @@ def _commit(
 # --- Loading ------------------------------------------------------------------------------------
 
 
-def load_state(engine: Any, folder: Path, device: torch.device, *, seed: int) -> TrainState:
+def load_state(
+    engine: Any, folder: Path, device: torch.device, *, seed: int
+) -> tuple[TrainState, list[dict[str, Tensor]]]:
     """Puts back what `save_state` saved; all processes must call it.
 
     Args:
@@ -324,6 +280,10 @@ def load_state(engine: Any, folder: Path, device: torch.device, *, seed: int) ->
         folder: A verified state.
         device: Of this process.
         seed: Of the run: makes the random state of processes that were not there before.
+
+    Returns:
+        The counters; and ``StateParts.sums`` of each process that saved and whose share falls to
+        this one: with another number of processes some get several, or none.
 
     Raises:
         CheckpointError: A part did not come back, or not the same one on all processes.
@@ -340,18 +300,20 @@ def load_state(engine: Any, folder: Path, device: torch.device, *, seed: int) ->
         raise CheckpointError(f"{folder} holds no DeepSpeed state", why="files are missing")
     _check_loaded(engine, state, folder)
     rank, saved_ranks = distributed.rank(), read_manifest(folder)["world_size"]
-    if rank < saved_ranks:
-        _set_random_state(load_file(folder / _random_file(rank)), device)
+    now = distributed.world_size()
+    own = [load_file(folder / _rank_file(r)) for r in range(rank, saved_ranks, now)]
+    if own:
+        _set_random_state(_without_prefix(RANDOM, own[0]), device)
     else:
         _seed_new_rank(seed, rank, state.step)
-    if (now := distributed.world_size()) != saved_ranks and distributed.is_main():
+    if now != saved_ranks and distributed.is_main():
         logger.warning(
             "%s was saved by %d processes, this run has %d: dropout differs from then on; "
             "the order of the data does not",
             *(folder, saved_ranks, now),
         )
     reach("resume.loaded", step=state.step)
-    return state
+    return state, [_without_prefix(SUMS, saved) for saved in own]
 
 
 def _check_loaded(engine: Any, state: TrainState, folder: Path) -> None:
@@ -375,8 +337,20 @@ def _check_loaded(engine: Any, state: TrainState, folder: Path) -> None:
         )
 
 
-def _random_file(rank: int) -> str:
-    return f"random-{rank}.safetensors"
+RANDOM, SUMS = "random.", "sums."
+
+
+def _rank_file(rank: int) -> str:
+    """Returns the name of what each process has of its own."""
+    return f"rank-{rank}.safetensors"
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -423,152 +397,3 @@ def _seed_new_rank(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(number)  # CUDA's too
     random.seed(number)
     np.random.seed(number)
-
-
-# --- Finding ------------------------------------------------------------------------------------
-
-
-def find_state(folder: RunFolder, resume: str) -> Path | None:
-    """Returns the state to go on from as ``run.resume`` says, or None for a fresh start.
-
-    The first process looks, verifies every byte, and tells what it passes over and clears away;
-    the others learn its choice. The folder must be this run's own: what looks left behind by a
-    process that died is removed.
-
-    Raises:
-        CheckpointError: ``must`` or a path, and there is no good state; or there are states, and
-            none of them is good.
-    """
-    if resume == "never":
-        return None
-    return on_main(lambda: _find_state(folder, resume))
-
-
-def _find_state(folder: RunFolder, resume: str) -> Path | None:
-    reach("resume.start")
-    for place in (folder.root, folder.state):
-        for done in clean_leftovers(place):
-            logger.warning("left by a process that died: %s", done)
-    if resume not in ("auto", "must"):
-        if damage := find_damage(Path(resume)):
-            raise CheckpointError(f"run.resume={resume} is no saved state", why=damage)
-        return Path(resume)
-    good, damaged = newest_good_state(folder.state)
-    if good is None and damaged:
-        raise CheckpointError(
-            f"every saved state of {folder.state} is damaged",
-            why="; ".join(damaged.values()),
-            fix="mend one, or start anew with another --run.output_dir",
-            kept="nothing was changed",
-        )
-    if good is None and resume == "must":
-        raise CheckpointError(f"run.resume=must, but {folder.state} holds no saved state")
-    for path, damage in damaged.items():
-        aside = _free_name(path.with_name(f"damaged-{path.name}"))
-        os.rename(path, aside)  # this run will write that step again
-        logger.warning("%s; it is now %s, going on from %s", damage, aside.name, good)
-    reach("resume.verified")
-    return good
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-# --- The same run -------------------------------------------------------------------------------
-
-
-def check_same_config(state: Path, config: TrainConfig) -> None:
-    """Refuses to go on with options that change the course of the run.
-
-    With another number of processes micro-batch and accumulation may differ, as long as their
-    product over all processes, the global batch, stays.
-
-    Raises:
-        CheckpointError: Lists each option that differs; or names the way for this number of
-            processes.
-    """
-    saved = json.loads((state / STATE_FILE).read_text(encoding="utf-8"))["config"]
-    before, now = _course(saved), _course(dataclasses.asdict(config))
-    facts = read_manifest(state)
-    if facts["world_size"] != distributed.world_size():
-        _check_world_size(state, facts, config)
-        for name in ("optim.micro_batch_size", "optim.accumulation"):
-            now[name] = before[name]
-    _refuse_differences(state, before, now)
-
-
-def _refuse_differences(state: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    names = sorted(before.keys() | now.keys())
-    different = [
-        f"{name}: {before.get(name)} → {now.get(name)}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-    if different:
-        raise CheckpointError(
-            f"{state} was saved with other options: {'; '.join(different)}",
-            fix="give the same options, or a new --run.output_dir",
-            kept="the saved state is untouched",
-        )
-
-
-def _check_world_size(state: Path, facts: dict[str, Any], config: TrainConfig) -> None:
-    """Refuses a number of processes that the state cannot be continued with."""
-    saved, now = facts["world_size"], distributed.world_size()
-    what = f"{state} was saved by {saved} processes, this run has {now}"
-    kept = "the saved state is untouched"
-    if facts["zero_stage"] > 0:
-        raise CheckpointError(
-            what,
-            why=f"ZeRO stage {facts['zero_stage']} keeps one part of the optimizer per process",
-            fix=f"start {saved} processes; or train on from the weights alone: python -m "
-            f"distilllens export {state} --to DIR, then --model.student DIR in a new run",
-            kept=kept,
-        )
-    wanted, micro = facts["global_batch"], config.optim.micro_batch_size
-    if micro * config.optim.accumulation * now == wanted:
-        return
-    share, rest = divmod(wanted, now)
-    fitting = math.gcd(share, micro)
-    raise CheckpointError(
-        what,
-        why=f"its global batch is {wanted} records, this run's "
-        f"{micro * config.optim.accumulation * now}: records would be seen twice or never",
-        fix=f"--optim.micro_batch_size {fitting} --optim.accumulation {share // fitting}"
-        if not rest
-        else f"start a number of processes that divides {wanted}",
-        kept=kept,
-    )
-
-
-def check_same_facts(state: Path, facts: dict[str, Any]) -> None:
-    """Refuses data, tokenizer or ZeRO stage that are not those of the state.
-
-    Args:
-        state: A verified state.
-        facts: Of this run, as `StateParts` has them.
-
-    Raises:
-        CheckpointError: Lists what differs.
-    """
-    saved = read_manifest(state)
-    names = ("data_fingerprint", "tokenizer_sha256", "zero_stage", "global_batch")
-    _refuse_differences(state, {n: saved[n] for n in names}, {n: facts[n] for n in names})
-
-
-def _course(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens the options that shape a run; how it is watched and where a cache lies do not."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if prefix + name in ("run", "tracking", "dry_run", "debug", "model.teacher_cache"):
-            continue
-        if isinstance(value, dict):
-            flat |= _course(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat | ({"run.seed": config["run"]["seed"]} if prefix == "" else {})

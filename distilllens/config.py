@@ -39,6 +39,12 @@ class RunConfig:
     never: start in an empty folder; or the PATH of a checkpoint."""
     max_wall_time: str | None = None
     """Time limit HH:MM:SS; the run then saves and ends with exit code 75."""
+    allow_changes: bool = False
+    """Go on from a checkpoint although options, data or tokenizer differ from those it was saved
+    with; what differs is told."""
+    timeout: str = "00:30:00"
+    """Time HH:MM:SS that processes wait for one another, for example while one tokenises, before
+    they take the others for dead and end with exit code 7."""
     keep: int = 2
     """Newest checkpoints that stay (≥ 2); the one that the run went on from stays besides."""
 
@@ -338,15 +344,15 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _QuotingDumper.add_representer(str, _represent_text)
 
 
-def parse_wall_time(text: str) -> float:
-    """Converts ``HH:MM:SS`` to seconds.
+def parse_wall_time(text: str, name: str = "run.max_wall_time") -> float:
+    """Converts ``HH:MM:SS``, the value of an option, to seconds.
 
     Raises:
         ConfigError: Not of that form.
     """
     match = re.fullmatch(r"(\d+):([0-5]?\d):([0-5]?\d)", text)
     if match is None:
-        raise ConfigError(f"run.max_wall_time={text!r} is not HH:MM:SS")
+        raise ConfigError(f"{name}={text!r} is not HH:MM:SS")
     hours, minutes, seconds = (int(group) for group in match.groups())
     return 3600.0 * hours + 60.0 * minutes + seconds
 
@@ -408,6 +414,8 @@ def train_problems(config: TrainConfig) -> list[str]:
         problems.append(f"model.student_lora={lora} needs r ≥ 1 and dropout in [0, 1)")
     if run.max_wall_time is not None:
         parse_wall_time(run.max_wall_time)
+    if parse_wall_time(run.timeout, "run.timeout") == 0:
+        problems.append("run.timeout must be > 0")
     return problems + eval_problems(config.eval)
 
 

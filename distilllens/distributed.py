@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from distilllens import libraries  # noqa: F401  (first: it settles DeepSpeed's accelerator)
-from distilllens.errors import DistributedError
+from distilllens.errors import DistributedError, UserError
+
+Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=30)
-"""A rank that waits longer than this for another one gives up."""
+_timeout = TIMEOUT
 
 
-def initialize() -> torch.device:
+def initialize(timeout: timedelta = TIMEOUT) -> torch.device:
     """Joins the process group that torchrun describes, or makes one of this process alone.
+
+    Args:
+        timeout: A process that waits longer than this for another one gives up.
 
     Returns:
         The device of this process: its GPU if there is one, else the CPU.
@@ -27,6 +33,8 @@ def initialize() -> torch.device:
     Raises:
         DistributedError: The group cannot be joined.
     """
+    global _timeout
+    _timeout = timeout
     for name, value in {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -44,7 +52,7 @@ def initialize() -> torch.device:
 
         try:
             deepspeed.init_distributed(
-                dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False
+                dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False
             )
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
@@ -115,7 +123,7 @@ def _host_group() -> dist.ProcessGroup | None:
     """Returns a group that reduces on CPUs; None: the default one does. All processes call it."""
     if dist.get_backend() == "gloo":
         return None
-    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=_timeout)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,6 +145,76 @@ def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
     if world_size() == 1:
         return [float(n) for n in numbers]
     return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+
+
+def together(work: Callable[[], Result]) -> list[Result]:
+    """Does ``work`` on every process; returns the results of all, by rank.
+
+    Where it fails on one process it fails on all, so that none waits for one that has left.
+    ``work`` itself must not communicate.
+
+    Raises:
+        DistributedError: Another process has left, or its error is none of `errors`.
+        Exception: This process's own error, else that of the first process that failed.
+    """
+    if world_size() == 1:
+        return [work()]
+    result: Result | None = None
+    own_error: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        own_error = error
+    outcomes: list[Any] = [None] * world_size()
+    try:
+        dist.all_gather_object(outcomes, (result, _portable(own_error)))
+    except RuntimeError as error:
+        raise own_error or another_has_left(error) from None
+    if own_error is not None:
+        raise own_error
+    for _, failure in outcomes:
+        if failure is not None:
+            kind, what, parts = failure
+            raise kind(what, **parts)
+    return [result for result, _ in outcomes]
+
+
+def _portable(error: Exception | None) -> tuple[type[UserError], str, dict[str, str]] | None:
+    """Takes an error apart for the way to other processes."""
+    if error is None:
+        return None
+    if not isinstance(error, UserError):
+        error = own_failure(error)
+    return type(error), error.what, {"why": error.why, "fix": error.fix, "kept": error.kept}
+
+
+def own_failure(error: Exception) -> DistributedError:
+    """Returns what the others learn of an error of this process that nothing expected."""
+    return DistributedError(
+        f"rank {rank()} failed: {error!r}",
+        fix=f"its traceback is in the run's log{f'-rank{rank()}' if rank() else ''}.txt",
+    )
+
+
+def another_has_left(error: Exception) -> DistributedError:
+    """Returns what a user should read of a connection that another process broke, or let wait."""
+    return DistributedError(
+        "another process has left, or did not come within run.timeout",
+        why=str(error).partition("\n")[0],
+        fix="the first cause is in the run's log.txt or log-rank*.txt, or in the launcher's words "
+        "(a process that was killed leaves none); the same command goes on",
+    )
+
+
+def is_broken_connection(error: Exception) -> bool:
+    """Whether a collective failed for what another process did."""
+    known = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return world_size() > 1 and isinstance(error, RuntimeError) and known
+
+
+def on_main(work: Callable[[], Result]) -> Result | None:
+    """Does ``work`` on the first process; all get its result, or its error."""
+    return together(lambda: work() if is_main() else None)[0]
 
 
 def shutdown() -> None:

@@ -79,6 +79,7 @@ class NumericsError(UserError):
     """A loss or gradient that is not finite."""
 
     exit_code, label = 5, "DL-NUMERICS"
+    everywhere = True
 
 
 class StorageError(UserError):

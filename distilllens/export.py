@@ -7,7 +7,7 @@ import copy
 import errno
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,9 @@ def export_model(
         StorageError: No space, or no right to write.
     """
     weights = gather_weights(engine)
-    if distributed.is_main():
-        draft = draft_folder(folder)
-        try:
-            write_model(student, tokenizer, draft, weights)
-            replace_folder(draft, folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise storage_error(error, folder) from None
-    distributed.barrier()
+    distributed.on_main(
+        lambda: _replace(folder, lambda draft: write_model(student, tokenizer, draft, weights))
+    )
 
 
 def gather_weights(engine: Any) -> dict[str, Any] | None:
@@ -124,15 +118,18 @@ def copy_model(source: Path, folder: Path) -> None:
     Raises:
         StorageError: No space, or no right to write.
     """
-    if distributed.is_main():
-        draft = draft_folder(folder)
-        try:
-            shutil.copytree(source, draft)
-            replace_folder(draft, folder)
-        except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise storage_error(error, folder) from None
-    distributed.barrier()
+    distributed.on_main(lambda: _replace(folder, lambda draft: shutil.copytree(source, draft)))
+
+
+def _replace(folder: Path, write: Callable[[Path], object]) -> None:
+    """Writes a folder beside its place, then puts it there."""
+    draft = draft_folder(folder)
+    try:
+        write(draft)
+        replace_folder(draft, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise storage_error(error, folder) from None
 
 
 def storage_error(

@@ -21,6 +21,7 @@ VARIABLE = "DISTILLLENS_FAULT"
 
 POINTS = {
     "step.loss": "a micro-batch's loss is computed; the place for NAN",
+    "step.gradient": "a micro-batch's loss is finite, its gradients are not yet computed; for NAN",
     "step.before_update": "before the optimizer's update",
     "step.after_update": "after the optimizer's update",
     "evaluate.start": "before the dev set is measured",
@@ -119,6 +120,15 @@ def reach(point: str, *, step: int | None = None) -> bool:
         if fault.is_meant(point, step)
     ]
     return any(happened)
+
+
+def check_faults() -> None:
+    """Refuses a variable that is not of the form, before anything begins.
+
+    Raises:
+        ConfigError: See `parse_faults`.
+    """
+    parse_faults(os.environ.get(VARIABLE, ""))
 
 
 @cache

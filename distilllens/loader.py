@@ -55,6 +55,8 @@ class StepBatches:
     """One optimizer step of this process."""
 
     micro_batches: list[MicroBatch]
+    records: list[int]
+    """Their places in the training table."""
     num_tokens: int
     """Response tokens of the global batch: of all processes and micro-batches."""
 
@@ -109,7 +111,9 @@ class StepLoader:
             self._load_micro_batch(own[first : first + size]) for first in range(0, len(own), size)
         ]
         return StepBatches(
-            micro_batches=micro_batches, num_tokens=int(self.num_rows[global_batch].sum())
+            micro_batches=micro_batches,
+            records=own,
+            num_tokens=int(self.num_rows[global_batch].sum()),
         )
 
     def _load_micro_batch(self, records: Sequence[int]) -> MicroBatch:

@@ -2,37 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distilllens import distributed
+from distilllens.data.collate import Batch
+
+
+class WatchedStep(NamedTuple):
+    """What a process knows of one of its steps."""
+
+    step: int
+    sums_K2: Tensor
+    """Its own sums of the loss's components."""
+    num_tokens: int
+    """Response tokens of the global batch."""
+    records: Sequence[int]
+    """Its own records' places in the training table."""
+    batches: Sequence[Batch]
 
 
 class NumericsGuard:
-    """Watches values of each step; from the first non-finite one on, no update is made.
+    """Watches losses and gradients; from the first non-finite one on, no update is made.
 
     The decision is taken on the device: the fused AdamW of PyTorch skips its update where
     ``optimizer.found_inf`` is 1 (that is how `torch.amp.GradScaler` does it). The host learns of it
     whenever it asks, and may ask seldom: weights and moments stay as they were.
 
+    A gradient is looked at where autograd hands it over, before DeepSpeed sums, divides or frees
+    it: one sum of each, in which no NaN or infinity can hide. That is the same for all ZeRO stages.
+
     Args:
         optimizer: With ``fused=True``.
+        parameters: Names and parameters; of those that are trained, gradients are watched.
         device: Of the values.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, device: torch.device) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.AdamW,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        device: torch.device,
+    ) -> None:
         assert optimizer.defaults["fused"], "found_inf is an attribute of the fused optimizer"
         self.optimizer = optimizer
         self.first_bad = torch.full((), torch.inf, device=device)
+        trained = [(name, p) for name, p in parameters if p.requires_grad]
+        self.names = [name for name, _ in trained]
+        self.gradient_sums_P = torch.zeros(len(trained), device=device)
+        for place, (_, parameter) in enumerate(trained):
+            parameter.register_hook(partial(self._see_gradient, place))
+        self.seen: list[WatchedStep] = []
+        """Since the host asked last."""
 
-    def watch(self, values: Tensor, step: int) -> None:
-        """Takes in values that the update of ``step`` comes from; all processes call it."""
+    def _see_gradient(self, place: int, gradient: Tensor) -> None:
+        self.gradient_sums_P[place] += gradient.sum(dtype=torch.float32)
+
+    def watch(self, seen: WatchedStep) -> None:
+        """Takes in a step's losses, between its last backward and its update; all processes do."""
+        values = torch.cat([seen.sums_K2.flatten(), self.gradient_sums_P])
         is_bad = (~torch.isfinite(values)).any()
-        bad_step = torch.where(is_bad, float(step), torch.inf)
+        bad_step = torch.where(is_bad, float(seen.step), torch.inf)
         self.first_bad = torch.minimum(self.first_bad, distributed.min_over_ranks(bad_step))
         self.optimizer.found_inf = torch.isfinite(self.first_bad).float()  # type: ignore[attr-defined]
+        self.seen.append(seen)
 
-    def bad_step(self) -> int | None:
+    def bad_step(self) -> WatchedStep | None:
         """Returns the first step whose update was refused, or None; waits for the device."""
         first = self.first_bad.item()
-        return None if first == torch.inf else int(first)
+        if first == torch.inf:
+            self.seen.clear()
+            self.gradient_sums_P.zero_()
+            return None
+        return next(seen for seen in self.seen if seen.step == first)
+
+    def bad_gradients(self) -> list[str]:
+        """Returns the parameters whose gradients in this process were not finite since then."""
+        is_bad_P = (~torch.isfinite(self.gradient_sums_P)).tolist()
+        return [name for name, is_bad in zip(self.names, is_bad_P, strict=True) if is_bad]

@@ -100,6 +100,15 @@ class RunFolder:
         """Tracebacks of one process; those of the first are in `log`."""
         return self.root / f"log-rank{rank}.txt" if rank else self.log
 
+    def bad_batch(self, step: int, rank: int) -> Path:
+        """What a process trained on in a step with a loss or gradient that was not finite."""
+        return self.root / f"non-finite-step-{step}-rank-{rank}.json"
+
+    @property
+    def last_word(self) -> Path:
+        """Made by the process that tells how the run ended, the first of those that fail."""
+        return self.root / "last.word"
+
     @property
     def status(self) -> Path:
         """How the run is or ended, as JSON; see `write_status`."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,16 +20,17 @@ from numerize.numerize import numerize
 from rich.console import Console, RenderableType
 
 from distilllens import distributed
-from distilllens.checkpoint import check_same_config, find_state
-from distilllens.config import TrainConfig, dump_config, load_config
+from distilllens.config import TrainConfig, dump_config, load_config, parse_wall_time
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import EXIT_OK, UserError, as_user_error, leave_code
+from distilllens.errors import EXIT_OK, DistributedError, UserError, as_user_error, leave_code
+from distilllens.faults import check_faults
 from distilllens.layers import layer_table
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
 from distilllens.memory import count_parameters, estimate_memory, memory_table
 from distilllens.models import num_blocks
+from distilllens.resume import check_same_config, find_state, saved_tracker_id
 from distilllens.runs import (
     RunFolder,
     check_unused,
@@ -52,6 +56,7 @@ from distilllens.setup import (
 from distilllens.signals import Stopped, StopRequest, steady_screen
 from distilllens.tracking import Tracker
 from distilllens.trainer import Trainer
+from distilllens.watchdog import watching
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -71,15 +76,18 @@ def _session(arguments: list[str], held: ExitStack) -> int:
         if config.dry_run:
             dry_run(config)
             return EXIT_OK
-        device = distributed.initialize()
+        check_faults()
+        timeout = parse_wall_time(config.run.timeout, "run.timeout")
+        device = distributed.initialize(timedelta(seconds=timeout))
         claimed = create_run_folder(config.run.output_dir)
         note = held.enter_context(locked(claimed.lock))
-        resumed = claim_folder(config, claimed)
+        resumed, changes = claim_folder(config, claimed)
         distributed.barrier()  # the others must not find what the first process writes now
         folder = claimed
-        with build_trainer(config, folder, device, arguments) as trainer:
-            if note:
-                trainer.tracker.say(note)
+        run_id = secrets.token_hex(4) if resumed is None else saved_tracker_id(resumed)
+        with build_trainer(config, folder, device, arguments, run_id) as trainer:
+            for line in filter(None, (note, changes)):
+                trainer.tracker.say(line)
             _train(trainer, folder, resumed)
     except KeyboardInterrupt:  # before anything listened to signals
         return _end(folder, Stopped("SIGINT: stopped before the start", code=130), debug=debug)
@@ -89,8 +97,12 @@ def _session(arguments: list[str], held: ExitStack) -> int:
     return EXIT_OK
 
 
-def claim_folder(config: TrainConfig, folder: RunFolder) -> Path | None:
-    """Returns the state to go on from, None for a fresh start; the folder's lock must be held.
+def claim_folder(config: TrainConfig, folder: RunFolder) -> tuple[Path | None, str]:
+    """Decides where a run begins; the folder's lock must be held.
+
+    Returns:
+        The state to go on from, None for a fresh start; and a line on options that differ from
+        that state's, where ``run.allow_changes`` allows it.
 
     Raises:
         ConfigError: It holds a finished run; with ``run.resume=never``, any run. (One that ended
@@ -100,9 +112,10 @@ def claim_folder(config: TrainConfig, folder: RunFolder) -> Path | None:
     resumed = find_state(folder, config.run.resume)
     if config.run.resume == "never" or is_finished(folder):
         check_unused(folder)
-    if resumed is not None:
-        check_same_config(resumed, config)
-    return resumed
+    if distributed.is_main():
+        folder.last_word.unlink(missing_ok=True)
+    changes = "" if resumed is None else check_same_config(resumed, config)
+    return resumed, changes and f"saved → now, allowed by run.allow_changes:{changes}"
 
 
 def resume_command(arguments: Sequence[str]) -> str:
@@ -189,9 +202,20 @@ def _train(trainer: Trainer, folder: RunFolder, resumed: Path | None) -> None:
 
 @contextmanager
 def build_trainer(
-    config: TrainConfig, folder: RunFolder, device: torch.device, arguments: Sequence[str]
+    config: TrainConfig,
+    folder: RunFolder,
+    device: torch.device,
+    arguments: Sequence[str],
+    run_id: str = "",
 ) -> Iterator[Trainer]:
     """Builds everything a run needs and records what it is; yields a trainer at step 0.
+
+    Args:
+        config: Of the run.
+        folder: Claimed.
+        device: Of this process.
+        arguments: Of the command line, for the record and the command that goes on.
+        run_id: Of the run at the tracker.
 
     Raises:
         UserError: Whatever of models, data and options is missing or does not fit.
@@ -201,14 +225,14 @@ def build_trainer(
     if distributed.is_main():
         ended = Stopped("SIGINT twice", code=130)
         stop.before_abort = partial(_write_end_status, folder, ended, ended.exit_code)
-    with stop.listening():
+    with stop.listening(), _watched(config, folder, stop):
         torch.manual_seed(config.run.seed + distributed.rank())
         plan = plan_run(config)
         data = _wait_for_data(plan, stop)
         steps = count_steps(config, len(data.train), distributed.world_size())
         if distributed.is_main():
             _record(folder, config, plan, data, arguments, command)
-        with _tracker(config, folder, steps) as tracker:
+        with _tracker(config, folder, steps, run_id) as tracker:
             for content in describe_plan(plan, data, steps):
                 tracker.say(content)
             tracker.say("loading weights …")
@@ -227,6 +251,28 @@ def build_trainer(
             )
 
 
+def _watched(
+    config: TrainConfig, folder: RunFolder, stop: StopRequest
+) -> AbstractContextManager[None]:
+    """Ends this process with exit code 7 where the processes of a run have lost one another."""
+    if distributed.world_size() == 1:
+        return nullcontext()
+    limit = config.run.timeout
+
+    def give_up() -> None:
+        rank = distributed.rank()
+        with suppress(OSError), folder.rank_log(rank).open("a", encoding="utf-8") as log:
+            faulthandler.dump_traceback(log)  # where each thread is: what hangs, or waits for whom
+        error = DistributedError(
+            f"rank {rank} made no step within run.timeout={limit}",
+            why="this process hangs, or waits for one that does",
+            fix="log.txt and log-rank*.txt of the run say where each is; the same command goes on",
+        )
+        os._exit(_end(folder, error, debug=False))
+
+    return watching(parse_wall_time(limit, "run.timeout"), lambda: stop.last_asked, give_up)
+
+
 def _wait_for_data(plan: Plan, stop: StopRequest) -> PreparedData:
     try:
         return load_data(plan)
@@ -235,7 +281,7 @@ def _wait_for_data(plan: Plan, stop: StopRequest) -> PreparedData:
         raise
 
 
-def _tracker(config: TrainConfig, folder: RunFolder, steps: StepCount) -> Tracker:
+def _tracker(config: TrainConfig, folder: RunFolder, steps: StepCount, run_id: str) -> Tracker:
     return Tracker(
         folder.metrics,
         folder.log,
@@ -248,6 +294,7 @@ def _tracker(config: TrainConfig, folder: RunFolder, steps: StepCount) -> Tracke
             "dir": str(folder.root),
             "config": dataclasses.asdict(config),
         },
+        run_id=run_id,
     )
 
 
@@ -299,24 +346,51 @@ def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
 
 
 def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
-    """Tells the user, writes status.json and the traceback, and returns the exit code."""
-    told = as_user_error(error, "--debug shows the traceback; log.txt of the run holds it")
+    """Tells the user, writes status.json and the traceback, and returns the exit code.
+
+    Where several processes fail, the first to come here tells how the run ended; what the others
+    then meet is a consequence, and goes to their logs alone.
+    """
+    told = _told(error)
     message, code = redact(told.format()), told.exit_code
     rank = int(os.environ.get("RANK", "0"))  # the process group may not stand yet
     if debug:
         traceback.print_exception(error)
-    if rank == 0 or told is not error:  # a user's error is the same on all processes: one says it
+    claimed = folder if folder is not None and folder.root.is_dir() else None
+    alike = claimed is None or told.everywhere
+    speaks = rank == 0 if alike or claimed is None else _takes_last_word(claimed)
+    if speaks:
         print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
-    if folder is not None and folder.root.is_dir():
+    if claimed is not None:
         try:
-            with folder.rank_log(rank).open("a", encoding="utf-8") as log:
+            with claimed.rank_log(rank).open("a", encoding="utf-8") as log:
                 trace = "".join(traceback.format_exception(error))
                 log.write(f"{message}\n{redact(trace)}\n")
-            if rank == 0:
-                _write_end_status(folder, told, code)
+            if speaks:
+                _write_end_status(claimed, told, code)
         except OSError as failure:  # a full disk is what ended the run, perhaps
-            print(f"  also: {failure.filename or folder.root}: {failure}", file=sys.stderr)
+            print(f"  also: {failure.filename or claimed.root}: {failure}", file=sys.stderr)
     return leave_code(code)
+
+
+def _told(error: Exception) -> UserError:
+    """Returns what a user should read of any error."""
+    if distributed.is_broken_connection(error):
+        return distributed.another_has_left(error)
+    if distributed.world_size() > 1 and not isinstance(error, UserError):
+        return distributed.own_failure(error)
+    return as_user_error(error, "--debug shows the traceback; log.txt of the run holds it")
+
+
+def _takes_last_word(folder: RunFolder) -> bool:
+    """Whether this process is the first of a run's to end by an error."""
+    try:
+        os.close(os.open(folder.last_word, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk: better told twice than never
+        return True
+    return True
 
 
 def _write_end_status(folder: RunFolder, error: UserError, code: int) -> None:

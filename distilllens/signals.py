@@ -38,6 +38,7 @@ class Stopped(UserError):
     """The run was asked to stop, and kept what it had before it did."""
 
     label = "DL-STOPPED"
+    everywhere = True
 
     def __init__(self, what: str, *, code: int, fix: str = "the same command goes on") -> None:
         super().__init__(what, fix=fix)
@@ -80,6 +81,8 @@ class StopRequest:
         self.received = 0
         self.save_asked = False
         self.code = 0
+        self.last_asked = time.monotonic()
+        """When this process last came by: its sign of life."""
         self.before_abort: Callable[[], None] | None = None
         """Called when a second SIGINT ends the process."""
 
@@ -163,6 +166,7 @@ class StopRequest:
         among themselves: no GPU is waited for.
         """
         self.code = distributed.max_over_hosts(self._code())
+        self.last_asked = time.monotonic()
         if self.code == SAVE_CODE:
             return Request.SAVE
         return Request.STOP if self.code else Request.NONE
@@ -184,6 +188,7 @@ class StopRequest:
         Raises:
             Stopped: It did; nothing is saved.
         """
+        self.last_asked = time.monotonic()
         if self.received:
             self.code = 128 + self.received
             raise self._stopped(f"stopped while {doing}")

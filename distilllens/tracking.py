@@ -40,6 +40,7 @@ class Tracker:
         total_steps: Optimizer steps of the run.
         wandb_mode: disabled, offline or online.
         wandb_settings: ``project``, ``name``, ``dir`` and ``config`` for Weights & Biases.
+        run_id: Of this run there; a resumed run has the one that it began with.
     """
 
     def __init__(
@@ -51,15 +52,17 @@ class Tracker:
         total_steps: int,
         wandb_mode: WandbMode = "disabled",
         wandb_settings: Mapping[str, Any] | None = None,
+        run_id: str = "",
     ) -> None:
-        self.active, self.total_steps = active, total_steps
+        self.active, self.total_steps, self.run_id = active, total_steps, run_id
         self.console = Console(quiet=not active)
         if not active:
             return
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._log = log_path.open("a", encoding="utf-8")
         self._log_console = Console(file=self._log, width=120, force_terminal=False)
-        self._wandb = _Wandb(wandb_mode, wandb_settings or {})
+        own = {"id": run_id, "resume": "allow"} if run_id else {}
+        self._wandb = _Wandb(wandb_mode, {**(wandb_settings or {}), **own})
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._start = (time.monotonic(), 0)
@@ -174,7 +177,8 @@ class _Wandb:
         try:
             import wandb  # takes a second, and only this choice needs it
 
-            quick = wandb.Settings(init_timeout=10)
+            # Without its record of the command line, which may hold secrets; the run has its own.
+            quick = wandb.Settings(init_timeout=10, x_disable_meta=True)
             self._run = wandb.init(mode=mode, settings=quick, **settings)
         except Exception as error:
             self._give_up(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from distilllens import distributed
 from distilllens.checkpoint import (
     StateParts,
     TrainState,
-    check_same_facts,
     copy_model,
     export_model,
     load_state,
@@ -32,13 +31,15 @@ from distilllens.data.collate import collate_columns
 from distilllens.data.encode import tokenizer_fingerprint
 from distilllens.data.records import read_records
 from distilllens.data.tokenize import PreparedData
+from distilllens.distributed import together
 from distilllens.errors import NumericsError
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
 from distilllens.faults import reach
 from distilllens.loader import StepBatches, StepLoader
-from distilllens.numerics_guard import NumericsGuard
-from distilllens.runs import RunFolder, write_status
+from distilllens.numerics_guard import NumericsGuard, WatchedStep
+from distilllens.resume import check_same_facts
+from distilllens.runs import RunFolder, newest_state, write_json, write_status
 from distilllens.schedule import learning_rate
 from distilllens.setup import Plan, StepCount, build_optimizer
 from distilllens.signals import Request, Stopped, StopRequest
@@ -56,6 +57,22 @@ class Totals:
     steps: int = 0
     data_s: float = 0.0
     start: float = 0.0
+
+    def saved(self) -> dict[str, Tensor]:
+        """Returns it as a state holds it, with the seconds so far for the clock's start."""
+        seconds = [time.perf_counter() - self.start, self.data_s]
+        return {
+            "sums_K2": self.sums_K2.cpu(),
+            "counts": torch.tensor([self.tokens, self.steps]),
+            "seconds": torch.tensor(seconds, dtype=torch.float64),
+        }
+
+    def add(self, saved: dict[str, Tensor]) -> None:
+        """Goes on from what one process saved."""
+        self.sums_K2 += saved["sums_K2"].to(self.sums_K2.device)
+        self.tokens, self.steps = (int(count) for count in saved["counts"])
+        seconds, self.data_s = saved["seconds"].tolist()
+        self.start = time.perf_counter() - seconds
 
 
 class Trainer:
@@ -100,7 +117,7 @@ class Trainer:
             pin=device.type == "cuda",
         )
         optimizer = build_optimizer(module, self.config)
-        self.guard = NumericsGuard(optimizer, device)
+        self.guard = NumericsGuard(optimizer, module.named_parameters(), device)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=plan.deepspeed
         )
@@ -108,7 +125,7 @@ class Trainer:
         if plan.zero_stage == 3:  # the fused loss reads these weights without calling their modules
             for parameter in module.lens.parts.head.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
-        self.state = TrainState()
+        self.state = TrainState(tracker_id=tracker.run_id)
         self.resumed_from: Path | None = None
         self.tokenizer_sha256 = tokenizer_fingerprint(plan.tokenizer)
         self.totals = self._new_totals()
@@ -118,7 +135,8 @@ class Trainer:
     def fit(self) -> None:
         """Trains to the end, a signal or the time limit; evaluates and saves on the way."""
         self.tracker.start(self.state.step)
-        self.totals = self._new_totals()
+        if self.totals.steps == 0:
+            self.totals = self._new_totals()  # its clock starts here
         if self.is_evaluation_due():  # of a run that was stopped in it
             self.finish_step()
         while self.state.step < self.steps.total_steps:
@@ -180,10 +198,12 @@ class Trainer:
             )
             if reach("step.loss", step=self.state.step + 1):
                 loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
+            if reach("step.gradient", step=self.state.step + 1):
+                loss.register_hook(lambda gradient: gradient * math.nan)
             self.engine.backward(loss)
             step_sums_K2 += sums_K2
             if number == count:
-                self.guard.watch(step_sums_K2, self.state.step + 1)
+                self._watch(step_sums_K2, batches)
                 self._set_learning_rate()
                 reach("step.before_update", step=self.state.step + 1)
             self.engine.step()
@@ -193,24 +213,70 @@ class Trainer:
         self.totals.tokens += batches.num_tokens
         self.totals.steps += 1
 
+    def _watch(self, sums_K2: Tensor, batches: StepBatches) -> None:
+        self.guard.watch(
+            WatchedStep(
+                step=self.state.step + 1,
+                sums_K2=sums_K2,
+                num_tokens=batches.num_tokens,
+                records=batches.records,
+                batches=[micro_batch.batch for micro_batch in batches.micro_batches],
+            )
+        )
+
     def refuse_non_finite(self) -> None:
-        """Stops if any loss component of any process was NaN or infinite since the last look.
+        """Stops if a loss or gradient of any process was not finite since the last look.
 
         Raises:
-            NumericsError: With the step. No update was made from that step on.
+            NumericsError: With the step, the processes and their records, which each has written
+                down. No update was made from that step on.
         """
-        if (step := self.guard.bad_step()) is None:
+        if (bad := self.guard.bad_step()) is None:
             return
-        sums = distributed.sum_over_ranks(self.totals.sums_K2).tolist()
-        losses = self.plan.objective.losses(sums, self.totals.tokens)
+        sums = distributed.sum_over_ranks(bad.sums_K2.double()).tolist()
+        losses = self.plan.objective.losses(sums, bad.num_tokens)
+        reports = [report for report in together(lambda: self._report(bad)) if report is not None]
+        is_loss = not all(map(math.isfinite, losses.values()))
         parts = ", ".join(f"{name}={value:.4g}" for name, value in losses.items())
-        kept = self.folder.latest
+        where = "; ".join(f"rank {r['rank']}, records {_listed(r['records'])}" for r in reports)
+        names = [name for report in reports for name in report["gradients"]]
         raise NumericsError(
-            f"non-finite loss at step {step} ({parts})",
-            why="a loss or its logits overflowed; the update was not made",
-            fix="lower --optim.lr, add --optim.warmup, or use a float32 DeepSpeed file",
-            kept=str(kept) if kept.is_dir() else "no model was saved yet",
+            f"non-finite {'loss' if is_loss else 'gradient'} at step {bad.step} ({parts}); {where}",
+            why="a loss or its logits overflowed; the update was not made"
+            if is_loss
+            else f"the loss is finite, the gradients of {_listed(names)} are not; "
+            "the update was not made",
+            fix="lower --optim.lr, add --optim.warmup, or use a float32 DeepSpeed file; the batch: "
+            + ", ".join(report["file"] for report in reports),
+            kept=self._kept(),
         )
+
+    def _report(self, bad: WatchedStep) -> dict[str, Any] | None:
+        """Writes down what this process did in a bad step; None if nothing of its own was bad."""
+        gradients = self.guard.bad_gradients()
+        if bad.sums_K2.isfinite().all() and not gradients:
+            return None
+        path = self.folder.bad_batch(bad.step, self.rank)
+        records = self.data.train.select(bad.records)
+        report = {
+            "step": bad.step,
+            "rank": self.rank,
+            "records": list(bad.records),
+            "gradients": gradients,
+        }
+        decode = self.plan.tokenizer.decode
+        details = {
+            "sums": bad.sums_K2.tolist(),
+            "texts": [[decode(r["prompt_ids"]), decode(r["response_ids"])] for r in records],
+            "input_ids": [batch.input_ids_BT.tolist() for batch in bad.batches],
+        }
+        write_json(path, report | details)
+        return report | {"file": str(path)}
+
+    def _kept(self) -> str:
+        state, model = newest_state(self.folder), self.folder.latest
+        places = [str(place) for place in (state, model) if place is not None and place.is_dir()]
+        return ", ".join(places) or "nothing was saved yet"
 
     def _set_learning_rate(self) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -350,6 +416,7 @@ class Trainer:
             student=self.module.student,
             tokenizer=self.plan.tokenizer,
             facts=self.facts,
+            sums=self.totals.saved(),
             source=self.resumed_from,
         )
         save_state(self.engine, self.state, parts, self.folder.state)
@@ -375,7 +442,18 @@ class Trainer:
         Raises:
             CheckpointError: It is of other data, or a part of it did not come back.
         """
-        check_same_facts(state, self.facts)
-        self.state = load_state(self.engine, state, self.device, seed=self.config.run.seed)
+        allow_changes = self.config.run.allow_changes
+        changes = check_same_facts(state, self.facts, allow_changes=allow_changes)
+        self.state, saved = load_state(self.engine, state, self.device, seed=self.config.run.seed)
         self.resumed_from = state
         self.tracker.say(f"resuming from step {self.state.step}")
+        if changes:
+            self.tracker.say(f"saved → now, allowed by run.allow_changes:{changes}")
+        for sums in saved:
+            if sums["sums_K2"].shape == self.totals.sums_K2.shape:  # else of other layer pairs
+                self.totals.add(sums)
+
+
+def _listed(items: Sequence[object], most: int = 5) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more

@@ -19,16 +19,17 @@ from safetensors.torch import load_file
 
 from distilllens import checkpoint
 from distilllens.__main__ import main as command
-from distilllens.checkpoint import TrainState, find_state
+from distilllens.checkpoint import TrainState
 from distilllens.faults import VARIABLE
 from distilllens.manifest import read_manifest
+from distilllens.resume import find_state
 from distilllens.runs import RunFolder
-from distilllens.trainer import Trainer
+from distilllens.trainer import Totals, Trainer
 from train import main
 
 WORKER = Path(__file__).with_name("resume_worker.py")
-STEPS = ("--optim.max_steps", "9", "--tracking.log_every", "1")
-"""6 steps are an epoch."""
+STEPS = ("--optim.max_steps", "9", "--tracking.log_every", "3")
+"""6 steps are an epoch; some stops below lie between two lines of metrics."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -108,11 +109,11 @@ def test_adapters_resume_bit_equal_and_export_merged(workspace: Workspace, stage
 def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
     load = checkpoint.load_state
 
-    def forgetful(engine: Any, *arguments: Any, **options: Any) -> TrainState:
-        state = load(engine, *arguments, **options)
+    def forgetful(engine: Any, *arguments: Any, **options: Any) -> Any:
+        loaded = load(engine, *arguments, **options)
         for values in engine.optimizer.optimizer.state.values():
             values["exp_avg_sq"].zero_()
-        return state
+        return loaded
 
     patch.setattr("distilllens.trainer.load_state", forgetful)
 
@@ -135,11 +136,16 @@ def forget_offset(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "epoch", from_the_start)
 
 
+def forget_sums(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Totals, "add", lambda *_: None)
+
+
 def forget_best(patch: pytest.MonkeyPatch) -> None:
     load = checkpoint.load_state
 
-    def forgetful(*arguments: Any, **options: Any) -> TrainState:
-        return TrainState(step=load(*arguments, **options).step)
+    def forgetful(*arguments: Any, **options: Any) -> Any:
+        state, sums = load(*arguments, **options)
+        return TrainState(step=state.step), sums
 
     patch.setattr("distilllens.trainer.load_state", forgetful)
 
@@ -147,12 +153,12 @@ def forget_best(patch: pytest.MonkeyPatch) -> None:
 def test_without_one_part_the_run_is_not_bit_equal(workspace: Workspace) -> None:
     """Controls: the tests above can fail, and each part of a state is needed."""
     add_dropout(workspace)
-    flags = ("--optim.max_steps", "4", "--tracking.log_every", "1")
+    flags = ("--optim.max_steps", "4", "--tracking.log_every", "4")
     assert main(workspace.flags(*flags, out="straight")) == 0
     run = stopped(workspace, 2, *flags)
     outcomes = {}
     mutations: list[Callable[[pytest.MonkeyPatch], None]] = [
-        *(lambda _: None, forget_optimizer, forget_random_state, forget_offset)
+        *(lambda _: None, forget_optimizer, forget_random_state, forget_offset, forget_sums)
     ]
     for number, mutate in enumerate(mutations):
         shutil.copytree(run, workspace.root / str(number))
@@ -165,6 +171,7 @@ def test_without_one_part_the_run_is_not_bit_equal(workspace: Workspace) -> None
         "forget_optimizer": False,
         "forget_random_state": False,
         "forget_offset": False,
+        "forget_sums": False,
     }
 
 
@@ -213,6 +220,7 @@ def test_faults_between_the_saves(
         ("resume.verified=RAISE", 1),
         ("resume.loaded=RAISE", 1),
         ("step.loss@5=NAN", 5),
+        ("step.gradient@5=NAN", 5),
         ("step.after_update@5=RAISE", 1),
         ("replace.between=ENOSPC", 6),
         ("evaluate.end@6=RAISE", 1),
@@ -222,9 +230,57 @@ def test_faults_between_the_saves(
             patch.setenv(VARIABLE, fault)
             assert main(flags) == code, fault
         error = capsys.readouterr().err
-        assert "non-finite loss at step 5" in error or code != 5
+        kind = "gradient" if "gradient" in fault else "loss"
+        assert f"non-finite {kind} at step 5" in error or code != 5
     assert main(flags) == 0
     assert same(workspace.root / "straight", workspace.root / "run")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    workspace: Workspace,
+    stage: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss is finite; two micro-batches, of which the first is bad."""
+    flags = workspace.flags(
+        *("--optim.max_steps", "3", "--tracking.log_every", "1", "--eval.every", "2"),
+        *("--optim.micro_batch_size", "4", "--optim.accumulation", "2"),
+        *("--deepspeed", workspace.deepspeed(stage)),
+    )
+    assert main([*flags, "--run.output_dir", str(workspace.root / "straight")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv(VARIABLE, "step.gradient@3=NAN")
+        assert main(flags) == 5
+    error = capsys.readouterr().err
+    assert "non-finite gradient at step 3 (loss=" in error and "nan" not in error.split("\n")[0]
+    run = RunFolder(workspace.root / "run")
+    dumped = json.loads(run.bad_batch(3, 0).read_text())
+    assert len(dumped["records"]) == len(dumped["texts"]) == 8 and len(dumped["input_ids"]) == 2
+    assert len(dumped["gradients"]) > 10 and f"kept: {run.state}/step-2" in error
+    assert main(flags) == 0
+    assert same(workspace.root / "straight", run.root)
+
+
+def test_changed_options_and_data_go_on_only_if_asked(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--optim.max_steps", "4", "--tracking.log_every", "1")
+    run = stopped(workspace, 2, *flags)
+    changed = (*flags, "--optim.lr", "2e-3", "--objective.lens.count", "1")
+    with (workspace.root / "data/toy/raw.jsonl").open("a") as records:
+        records.write('{"instruction": "Sort: a", "input": "", "output": "a"}\n')
+    allowed = ("--run.allow_changes", "true")
+    assert main(workspace.flags(*changed)) == 4
+    error = capsys.readouterr().err
+    assert "optim.lr              0.001 → 0.002" in error and "--run.allow_changes true" in error
+    assert main(workspace.flags(*flags)) == 4
+    assert "data_fingerprint" in capsys.readouterr().err
+    assert main(workspace.flags(*changed, *allowed)) == 0
+    told = capsys.readouterr().out
+    assert "objective.lens.count  2 → 1" in told and "data_fingerprint" in told
+    assert [line["train/lr"] for line in numbers(run) if "train/lr" in line][-2:] != []
 
 
 # --- Damage -------------------------------------------------------------------------------------
@@ -247,7 +303,7 @@ def test_any_damage_to_any_file_falls_back_and_says_so(
     newest = run.state / "step-4"
     files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
     parts = {file.parts[0] for file in files}
-    assert parts == {"deepspeed", "student", "random-0.safetensors", "state.json", "manifest.json"}
+    assert parts == {"deepspeed", "student", "rank-0.safetensors", "state.json", "manifest.json"}
     for file in files:
         content = (newest / file).read_bytes()
         for name, damage in DAMAGES.items():
@@ -364,8 +420,8 @@ def test_two_processes(workspace: Workspace) -> None:
     assert same(workspace.root / "straight", workspace.root / "run")
     state = find_state(RunFolder(workspace.root / "run"), "must")
     assert state is not None
-    names = {path.name for path in state.glob("random-*")}
-    assert names == {"random-0.safetensors", "random-1.safetensors"}
+    names = {path.name for path in state.glob("rank-*")}
+    assert names == {"rank-0.safetensors", "rank-1.safetensors"}
     assert read_manifest(state)["world_size"] == 2
     assert main(workspace.flags(*STEPS, *whole, out="shards")) == 4  # ZeRO 1
     assert main(workspace.flags(*calm, *half, out="two-to-one")) == 4  # half a global batch

@@ -16,11 +16,12 @@ from conftest import Workspace, write_records
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distilllens import distributed
-from distilllens.checkpoint import find_state, load_state
+from distilllens.checkpoint import load_state
 from distilllens.config import load_config
 from distilllens.errors import StorageError
 from distilllens.faults import POINTS, VARIABLE, InjectedFault
 from distilllens.manifest import find_damage, newest_good_state
+from distilllens.resume import find_state
 from distilllens.runs import create_run_folder
 from distilllens.session import build_trainer
 from distilllens.trainer import Trainer
@@ -49,7 +50,7 @@ class SavedRun:
 
     def load(self, state: Path) -> None:
         trainer = self.trainer
-        trainer.state = load_state(trainer.engine, state, trainer.device, seed=10)
+        trainer.state, _ = load_state(trainer.engine, state, trainer.device, seed=10)
 
     def reset(self) -> None:
         """Puts everything back to after step 3, before its save."""

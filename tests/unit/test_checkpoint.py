@@ -22,17 +22,15 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokeni
 from distilllens import checkpoint, distributed
 from distilllens.checkpoint import (
     TrainState,
-    check_same_config,
-    check_same_facts,
     copy_model,
     export_model,
-    find_state,
 )
 from distilllens.config import OptimConfig, RunConfig, TrackingConfig, TrainConfig
 from distilllens.errors import CheckpointError, StorageError
 from distilllens.export import export_main
 from distilllens.faults import VARIABLE
 from distilllens.manifest import find_damage, hash_folder, write_manifest
+from distilllens.resume import check_same_config, check_same_facts, find_state
 from distilllens.runs import RunFolder
 
 # --- The best -----------------------------------------------------------------------------------
@@ -323,14 +321,24 @@ def test_options_that_shape_the_run_must_stay(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError) as caught:
         check_same_config(state, changed)
-    assert caught.value.what.endswith("other options: optim.lr: 0.001 → 0.0001; run.seed: 10 → 11")
+    table = "\n    optim.lr  0.001 → 0.0001\n    run.seed  10 → 11"
+    assert caught.value.why == f"saved → now:{table}"
+    allowed = dataclasses.replace(changed, run=RunConfig(seed=11, allow_changes=True))
+    assert check_same_config(state, allowed) == table
+    assert check_same_config(state, dataclasses.replace(before, run=allowed.run)) == (
+        "\n    run.seed  10 → 11"
+    )
 
 
 def test_data_and_tokenizer_must_stay(tmp_path: Path) -> None:
     commit(tmp_path, 5)
-    check_same_facts(tmp_path / "step-5", {**FACTS, "epoch": 3})
-    with pytest.raises(CheckpointError, match=r"other options: data_fingerprint: ddd.* → e"):
-        check_same_facts(tmp_path / "step-5", {**FACTS, "data_fingerprint": "e"})
+    state, other = tmp_path / "step-5", {**FACTS, "data_fingerprint": "e"}
+    check_same_facts(state, {**FACTS, "epoch": 3}, allow_changes=False)
+    with pytest.raises(CheckpointError, match=r"\n    data_fingerprint  ddd.* → e\n"):
+        check_same_facts(state, other, allow_changes=False)
+    assert " → e" in check_same_facts(state, other, allow_changes=True)
+    with pytest.raises(CheckpointError, match=r"zero_stage"):  # no wish makes that fit
+        check_same_facts(state, {**FACTS, "zero_stage": 3}, allow_changes=True)
 
 
 def optim(micro_batch: int, accumulation: int, lr: float = 1e-3) -> TrainConfig:

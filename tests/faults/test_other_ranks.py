@@ -1,0 +1,98 @@
+"""One process of several dies, fails, leaves or hangs: the others end, and say why once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PROJECT, Workspace, write_records
+
+from distilllens.faults import VARIABLE
+from distilllens.runs import RunFolder, read_status
+
+FLAGS = (
+    *("--optim.micro_batch_size", "4", "--optim.max_steps", "6"),
+    *("--eval.every", "2", "--tracking.log_every", "1"),
+)
+
+
+def start_both(flags: list[str], fault: str) -> list[subprocess.Popen[str]]:
+    """Starts two processes of one run, without a launcher that would end one for the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, VARIABLE: fault}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(PROJECT / "train.py"), *flags],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "rank", "own_code", "cause"),
+    [
+        ("RAISE", 1, 7, "rank 1: error[DL-DISTRIBUTED]: rank 1 failed: InjectedFault"),
+        ("KILL", 0, -9, "rank 1: error[DL-DISTRIBUTED]: another process has left"),
+        pytest.param("KILL", 1, -9, "error[DL-DISTRIBUTED]: another", marks=pytest.mark.slow),
+        pytest.param("EXIT0", 1, 0, "error[DL-DISTRIBUTED]: another", marks=pytest.mark.slow),
+        pytest.param("SLEEP:600", 1, 7, "made no step within run.timeout", marks=pytest.mark.slow),
+    ],
+)
+def test_the_others_end(
+    workspace: Workspace, action: str, rank: int, own_code: int, cause: str
+) -> None:
+    hangs = action.startswith("SLEEP")
+    flags = workspace.flags(*FLAGS, "--run.timeout", "00:00:20" if hangs else "00:05:00")
+    processes = start_both(flags, f"step.before_update@3#{rank}={action}")
+    bad, other = processes[rank], processes[1 - rank]
+    try:
+        assert bad.wait(180) == own_code
+        begin = time.monotonic()
+        errors = [other.communicate(timeout=180)[1]]
+        assert time.monotonic() - begin < 30
+    finally:
+        for process in processes:
+            process.kill()
+    errors.append(bad.communicate()[1])
+    assert other.returncode == 7
+    told = [line for text in errors for line in text.splitlines() if "error[" in line]
+    assert len(told) == 1 and cause in told[0], errors
+    run = RunFolder(workspace.root / "run")
+    status = read_status(run)
+    assert (status["state"], status["exit"], status["code"]) == ("failed", "DL-DISTRIBUTED", 7)
+    assert status["step"] == 2 and status["last_checkpoint"] == str(run.state / "step-2")
+    log = run.rank_log(1 - rank).read_text()
+    assert ("in train_step" if hangs else "another process has left") in log
+
+
+def test_a_bad_number_of_one_rank_is_told_by_all_with_its_records(workspace: Workspace) -> None:
+    write_records(workspace.root / "data/toy/raw.jsonl", 60)
+    processes = start_both(workspace.flags(*FLAGS), "step.gradient@3#1=NAN")
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [5, 5]
+    assert "error[" not in errors[1]
+    found = re.search(
+        r"non-finite gradient at step 3 \(loss=\d.*\); rank 1, records ([\d, ]+)\n", errors[0]
+    )
+    assert found, errors[0]
+    run = RunFolder(workspace.root / "run")
+    dumped = json.loads(run.bad_batch(3, 1).read_text())
+    assert not run.bad_batch(3, 0).exists()
+    assert dumped["records"] == [int(number) for number in found[1].split(",")]
+    assert len(dumped["texts"]) == 4 and all(
+        prompt.startswith("Below is") for prompt, _ in dumped["texts"]
+    )
+    assert dumped["gradients"] and dumped["sums"][0][1] > 0
+    assert read_status(run)["code"] == 5
