@@ -1,4 +1,4 @@
-"""How much memory a run will need, before it starts: an estimate from shapes alone."""
+"""How much memory and disk a run will need, before it starts: estimates from shapes alone."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ def estimate_memory(plan: Plan, world_size: int) -> dict[str, float]:
             teacher = plan.teacher_config.get_text_config()
             estimate["teacher head"] = teacher.vocab_size * teacher.hidden_size * teacher_size
     return {name: value / GIGA for name, value in estimate.items()}
+
+
+def estimate_state_bytes(plan: Plan) -> tuple[int, int]:
+    """Returns the bytes on disk of a saved training state, and of an exported model.
+
+    A state holds the model twice, as DeepSpeed's weights and as a Hugging Face folder, and the
+    optimizer's moments and float32 weights.
+    """
+    student = count_parameters(plan.student_config)
+    model = student * (torch.finfo(plan.dtype).bits // 8)
+    masters = 4 if plan.zero_stage > 0 or plan.dtype != torch.float32 else 0
+    return 2 * model + _trainable(plan, student) * (ADAM_BYTES + masters), model
 
 
 ZERO_LEVELS = {"optimizer": 1, "gradients": 2, "weights": 3}

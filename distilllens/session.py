@@ -7,6 +7,7 @@ import faulthandler
 import json
 import os
 import secrets
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,24 @@ from distilllens import distributed
 from distilllens.config import TrainConfig, dump_config, load_config, parse_wall_time
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import EXIT_OK, DistributedError, UserError, as_user_error, leave_code
+from distilllens.errors import (
+    EXIT_OK,
+    DistributedError,
+    StorageError,
+    UserError,
+    as_user_error,
+    leave_code,
+)
 from distilllens.faults import check_faults
 from distilllens.layers import layer_table
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
-from distilllens.memory import count_parameters, estimate_memory, memory_table
+from distilllens.memory import (
+    count_parameters,
+    estimate_memory,
+    estimate_state_bytes,
+    memory_table,
+)
 from distilllens.models import num_blocks
 from distilllens.resume import check_same_config, find_state, saved_tracker_id
 from distilllens.runs import (
@@ -233,6 +246,8 @@ def build_trainer(
         if distributed.is_main():
             _record(folder, config, plan, data, arguments, command)
         with _tracker(config, folder, steps, run_id) as tracker:
+            if distributed.is_main():
+                tracker.say(check_space(plan, folder))
             for content in describe_plan(plan, data, steps):
                 tracker.say(content)
             tracker.say("loading weights …")
@@ -249,6 +264,25 @@ def build_trainer(
                 device=device,
                 stop=stop,
             )
+
+
+def check_space(plan: Plan, folder: RunFolder) -> str:
+    """Compares the free space with what a run writes; returns a line about it.
+
+    Raises:
+        StorageError: There is no room for the first save: one state, latest/ and best/.
+    """
+    state, model = estimate_state_bytes(plan)
+    free = shutil.disk_usage(folder.root).free
+    first, all_ = state + 2 * model, (plan.config.run.keep + 1) * state + 3 * model
+    need = f"need about {first / 1e9:.2f} GB for the first save"
+    if free < first and newest_state(folder) is None:
+        raise StorageError(
+            f"no space left for {folder.root}: {need}, free {free / 1e9:.2f} GB",
+            fix="free some space, or choose another --run.output_dir",
+        )
+    line = f"disk: at most {all_ / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+    return line if free >= all_ else f"warning: {line}; a full disk ends the run at a save"
 
 
 def _watched(

@@ -158,9 +158,9 @@ class Trainer:
             Stopped: All processes agreed on it; the step is saved.
         """
         if self.is_evaluation_due():
-            with suppress(Stopped):  # saved below; the run that goes on evaluates this step
-                self.evaluate()
-                self.save()
+            self.save()  # first: whatever happens to the evaluation, the step is not lost
+            with suppress(Stopped):  # the run that goes on evaluates this step
+                self._evaluate_saved()
         if request := self.stop.agreed():
             self.save()
             if request is Request.STOP:
@@ -332,6 +332,19 @@ class Trainer:
         step = self.state.step
         is_its_turn = step % every == 0 or step == self.steps.total_steps
         return is_its_turn and self.state.evaluated_step < step
+
+    def _evaluate_saved(self) -> None:
+        try:
+            self.evaluate()
+        except Stopped:
+            raise
+        except Exception:
+            self.tracker.say(
+                f"the evaluation failed, but step {self.state.step} is saved; to score it: "
+                f"python -m distilllens export {self.folder.root} --to DIR, "
+                "then python evaluate.py --checkpoint DIR"
+            )
+            raise
 
     def evaluate(self) -> None:
         """Measures the dev set and saves latest/, and best/ if it is the best so far.

@@ -326,6 +326,39 @@ def test_any_damage_to_any_file_falls_back_and_says_so(
     assert same(workspace.root / "straight", run.root)
 
 
+def test_an_evaluation_that_fails_loses_no_step(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = workspace.flags("--optim.max_steps", "4", "--tracking.log_every", "1")
+    assert main([*flags, "--run.output_dir", str(workspace.root / "straight")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv(VARIABLE, "evaluate.after_dev@4=RAISE")
+        assert main(flags) == 1
+    run = workspace.root / "run"
+    told = capsys.readouterr()
+    assert "step 4 is saved; to score it: python -m distilllens export" in told.out
+    assert find_state(RunFolder(run), "must") == run / "state/step-4"
+    assert main(flags) == 0
+    assert same(workspace.root / "straight", run)
+
+
+def test_a_disk_without_room_for_one_save_is_refused_at_the_start(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(workspace.root)
+    state_bytes = 900_000  # what this run's state and models take, about
+    for free, code in ((state_bytes // 4, 6), (state_bytes * 2, 0), (10**9, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        assert main(workspace.flags("--optim.max_steps", "1", out=str(free))) == code
+        told = capsys.readouterr()
+        assert ("error[DL-STORAGE]: no space left for" in told.err) == (code == 6)
+        assert ("warning: disk: at most" in told.out) == (free == state_bytes * 2)
+    run = workspace.root / str(10**9)
+    state = sum(p.stat().st_size for p in (run / "state/step-1").rglob("*") if p.is_file())
+    model = (run / "best/model.safetensors").stat().st_size
+    assert 0.5 < (state + 2 * model) / state_bytes < 2
+
+
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
