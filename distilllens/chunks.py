@@ -3,8 +3,9 @@
 What `distilllens.fused` differentiates is computed here: both heads' logits of a few hundred rows
 at a time, the loss and its closed-form gradient from them, and the products of that gradient with
 head and rows. The part between the products is `distilllens.row_gradients` on a CPU, in blocks that
-stay in its cache, and one kernel, `distilllens.row_kernel`, on a GPU. Extra memory: two or three
-buffers of one chunk, used for all terms, and the gradients themselves.
+stay in its cache, and one kernel, `distilllens.row_kernel`, on a GPU; the kernel does not know
+top-k, so terms with it take the blocks there too. Extra memory: two or three buffers of one chunk,
+used for all terms, and the gradients themselves.
 
 Shapes: N rows (response tokens), n rows of a chunk or block, D student width, E teacher width,
 V vocabulary, K terms (the final layer and the lens layers).
@@ -20,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distilllens.divergence import DivergenceOptions
+from distilllens.divergence import DivergenceOptions, merges_tokens
 from distilllens.products import accumulate_outer_, project, pull_back
 from distilllens.row_gradients import (
     Scratch,
@@ -28,6 +29,7 @@ from distilllens.row_gradients import (
     cross_entropy,
     divergence_and_gradient_,
     softmax_,
+    top_k_divergence_and_gradient_,
 )
 
 CPU_BUDGET_BYTES = 128 * 2**20
@@ -36,6 +38,8 @@ MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, 4096
 CPU_BLOCK_BYTES = 9 * 2**18
 """On a CPU the elementwise part walks over blocks of this size per thread, which stay in the
 cache: 0.25 ms a row of 50,257 tokens, against 0.48 ms in blocks six times as large."""
+CUDA_BLOCK_ROWS = 256
+"""On a GPU, where blocks are for what the kernel does not know, this bounds their temporaries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +153,15 @@ def cut_vocabulary(side: Unembedding, vocab_size: int, dtype: torch.dtype) -> Un
 def run_terms(spec: Spec, gradients: Gradients) -> tuple[Tensor, Tensor]:
     """Walks over terms and chunks; returns the loss and each term's two sums."""
     rows = min(spec.chunk_rows, max((len(t.student_hidden_ND) for t in spec.terms), default=0))
-    buffers = _allocate(spec, rows) if _uses_kernel(spec) else None
+    in_kernel = [_uses_kernel(spec, term) for term in spec.terms]
+    buffers = _allocate(spec, rows) if any(in_kernel) else None
     head_VD = spec.student.head_VD
     sums_K2 = head_VD.new_zeros(len(spec.terms), 2, dtype=wide(head_VD.dtype))
     loss = sums_K2.new_zeros(())
     for k, term in enumerate(spec.terms):
         for chunk in _slices(len(term.student_hidden_ND), spec.chunk_rows):
-            sums_K2[k] += _run_chunk(spec, term, chunk, gradients, k, buffers)
+            room = buffers if in_kernel[k] else None
+            sums_K2[k] += _run_chunk(spec, term, chunk, gradients, k, room)
         # A weight of 0 must not turn an infinite divergence into a NaN of the loss.
         weights = (term.cross_entropy_weight, term.divergence_weight)
         for weight, value in zip(weights, sums_K2[k], strict=True):
@@ -211,8 +217,10 @@ class Buffers:
     """In the head's own dtype."""
 
 
-def _uses_kernel(spec: Spec) -> bool:
-    """Whether the device has the kernel, and the kernel the dtype and both logit transforms."""
+def _uses_kernel(spec: Spec, term: Term) -> bool:
+    """Whether the device has the kernel, and the kernel the dtype, both transforms, all tokens."""
+    if merges_tokens(term.options.top_k, spec.vocab_size):
+        return False
     head_VD = spec.student.head_VD
     sides = [side for side in (spec.student, spec.teacher) if side is not None]
     known = all(isinstance(side.transform, LogitTransform | None) for side in sides)
@@ -311,7 +319,7 @@ def _compare_in_blocks(
 
 def _block_rows(logits_nV: Tensor) -> int:
     if logits_nV.device.type == "cuda":
-        return logits_nV.shape[0]
+        return min(CUDA_BLOCK_ROWS, len(logits_nV))
     rows = CPU_BLOCK_BYTES // (logits_nV.element_size() * logits_nV.shape[1])
     return max(2, rows) * torch.get_num_threads()
 
@@ -333,11 +341,17 @@ def _block_(
         assert term.kind is not None and spec.teacher is not None
         if spec.teacher.transform is not None:
             teacher_nV = spec.teacher.transform(teacher_nV)
-        log_q, q = softmax_(_divided(logits_nV, temperature), scratch.q)
-        log_p, p = softmax_(_divided(teacher_nV, temperature), scratch.p)
-        value_n, gradient_nV = divergence_and_gradient_(
-            term.kind, log_p, p, log_q, q, term.options, scratch.more
-        )
+        top_k = term.options.top_k
+        if merges_tokens(top_k, spec.vocab_size):
+            value_n, gradient_nV = top_k_divergence_and_gradient_(
+                term.kind, teacher_nV, logits_nV, top_k, term.options, scratch.more
+            )
+        else:
+            log_q, q = softmax_(_divided(logits_nV, temperature), scratch.q)
+            log_p, p = softmax_(_divided(teacher_nV, temperature), scratch.p)
+            value_n, gradient_nV = divergence_and_gradient_(
+                term.kind, log_p, p, log_q, q, term.options, scratch.more
+            )
         sums_2[1] = value_n.sum()
     if targets_n is not None:
         if log_q is None or temperature != 1:

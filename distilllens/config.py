@@ -127,6 +127,8 @@ class LensConfig:
     """Kind of divergence; the method asks for a symmetric one: jsd or fkl+rkl."""
     beta: float = 0.5
     """Weight of the teacher in the jsd's mixture, in (0, 1)."""
+    top_k: int | None = None
+    """As objective.top_k, for the lens: each layer's own likeliest tokens; default: all tokens."""
     norm: Literal["final", "none"] = "final"
     """final: the model's own final norm before the head; none: as in the published code."""
     train_head: bool = True
@@ -165,6 +167,9 @@ class ObjectiveConfig:
     """fkl+rkl: weight of the forward KL."""
     rkl_coeff: float = 1.0
     """fkl+rkl: weight of the reverse KL."""
+    top_k: int | None = None
+    """Compare the teacher's k likeliest tokens and one bucket for all others (≥ 1); default: all
+    tokens."""
     normalization: Literal["global_tokens"] = "global_tokens"
     """Mean over the response tokens of the whole global batch: all ranks, all micro-batches."""
     lens: LensConfig = field(default_factory=LensConfig)
@@ -384,6 +389,9 @@ def train_problems(config: TrainConfig) -> list[str]:
         "objective.fkl_coeff and rkl_coeff must be ≥ 0": (
             objective.fkl_coeff >= 0 and objective.rkl_coeff >= 0
         ),
+        f"objective.top_k={objective.top_k} must be ≥ 1": objective.top_k is None
+        or objective.top_k >= 1,
+        f"objective.lens.top_k={lens.top_k} must be ≥ 1": lens.top_k is None or lens.top_k >= 1,
         f"objective.lens.coeff={lens.coeff} must be ≥ 0": lens.coeff >= 0,
         f"objective.lens.beta={lens.beta} must be in (0, 1)": 0 < lens.beta < 1,
         f"objective.lens.count={lens.count} must be ≥ 1": lens.count >= 1,

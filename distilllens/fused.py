@@ -30,7 +30,7 @@ from distilllens.chunks import (
     wide,
     zeros_wide,
 )
-from distilllens.divergence import DivergenceOptions, check_kind
+from distilllens.divergence import DivergenceOptions, check_kind, check_top_k
 
 
 def fused_linear_divergence(
@@ -51,6 +51,7 @@ def fused_linear_divergence(
     fkl_coeff: float = 1.0,
     rkl_coeff: float = 1.0,
     temperature: float = 1.0,
+    top_k: int | None = None,
 ) -> Float[Tensor, ""]:
     """Equals ``divergence(kind, …).sum()`` of both heads' logits, without holding them.
 
@@ -65,13 +66,13 @@ def fused_linear_divergence(
         student_transform: Elementwise, applied to the student's logits (float32).
         teacher_transform: Elementwise, applied to the teacher's logits (float32).
         chunk_rows: Rows projected at a time; default: by a memory budget.
-        beta, mu, alpha, fkl_coeff, rkl_coeff, temperature: As in `distilllens.divergence`.
+        beta, mu, alpha, fkl_coeff, rkl_coeff, temperature, top_k: As in `distilllens.divergence`.
 
     Returns:
         The sum over rows in nats, float32; 0, still differentiable, for zero rows.
 
     Raises:
-        ValueError: Unknown kind, or shapes that do not fit.
+        ValueError: Unknown kind, ``top_k`` out of range, or shapes that do not fit.
     """
     if student_head_VD.shape[0] != teacher_head_VE.shape[0]:
         raise ValueError(
@@ -85,6 +86,7 @@ def fused_linear_divergence(
         fkl_coeff=fkl_coeff,
         rkl_coeff=rkl_coeff,
         temperature=temperature,
+        top_k=top_k,
     )
     term = Term(
         student_hidden_ND=student_hidden_ND,
@@ -129,7 +131,7 @@ def fused_linear_terms(
         term's unweighted sum of cross entropy and of divergence in nats.
 
     Raises:
-        ValueError: Unknown kind, or shapes that do not fit.
+        ValueError: Unknown kind, ``top_k`` out of range, or shapes that do not fit.
     """
     if vocab_size is None:
         vocab_size = student.head_VD.shape[0]
@@ -157,6 +159,7 @@ def _check_term(term: Term, *, student: Unembedding, teacher: Unembedding | None
         raise ValueError(f"student rows of width {width}, head of {student.head_VD.shape[1]}")
     if term.kind is not None:
         check_kind(term.kind)
+        check_top_k(term.options.top_k)
         if teacher is None or term.teacher_hidden_NE is None:
             raise ValueError(f"divergence {term.kind} needs the teacher's rows and head")
         if term.teacher_hidden_NE.shape != (rows, teacher.head_VD.shape[1]):

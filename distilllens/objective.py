@@ -59,6 +59,7 @@ class DistillationObjective:
             fkl_coeff=config.fkl_coeff,
             rkl_coeff=config.rkl_coeff,
             temperature=config.temperature,
+            top_k=config.top_k,
         )
         self.lens_options = DivergenceOptions(
             beta=lens.beta,
@@ -66,6 +67,7 @@ class DistillationObjective:
             alpha=config.alpha,
             fkl_coeff=config.fkl_coeff,
             rkl_coeff=config.rkl_coeff,
+            top_k=lens.top_k,
         )
 
     @property

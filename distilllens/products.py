@@ -28,7 +28,9 @@ def project(
         out: On CUDA: where the result goes, ``[n, V]``; rows may stand apart.
     """
     narrow_nD = hidden_nD.to(head_VD.dtype)
-    if out is None:
+    if out is None and head_VD.dtype.itemsize < 4:  # on CUDA
+        logits_nV = torch.mm(narrow_nD, head_VD.T, out_dtype=torch.float32)
+    elif out is None:
         logits_nV = _rows_times(narrow_nD, head_VD)
     elif out.dtype == head_VD.dtype:
         logits_nV = torch.mm(narrow_nD, head_VD.T, out=out)

@@ -4,7 +4,7 @@ The gradient is taken with respect to the student's logits. With g = ∂D/∂q i
 q ⊙ (g − Σ q g), so terms of g that are constant over the vocabulary drop out. Each rule works on
 one block of rows: float32 probabilities p, q and their logarithms, with `LOG_FLOOR` for −inf.
 
-Shapes: n rows of a block, V vocabulary.
+Shapes: n rows of a block, V vocabulary, k chosen tokens, C = k + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from distilllens.divergence import (
     MIXTURE_FLOOR,
     DivergenceOptions,
     head_gap_share,
+    likeliest_tokens,
 )
 
 
@@ -67,6 +68,56 @@ def divergence_and_gradient_(
     """Returns ``value_n`` and ``gradient_nV``; may overwrite the teacher's side and the scratch."""
     value_n, gradient_nV = ROW_RULES[kind](log_p, p, log_q, q, options, scratch)
     return value_n.masked_fill_(value_n > INFINITE, torch.inf), gradient_nV
+
+
+def top_k_divergence_and_gradient_(
+    kind: str,
+    teacher_nV: Tensor,
+    student_nV: Tensor,
+    top_k: int,
+    options: DivergenceOptions,
+    scratch_nV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Compares the teacher's k likeliest tokens and one bucket for all the rest.
+
+    The rules are the same, on k + 1 outcomes. With G their gradient, a chosen token has its own G,
+    and token j of the rest has q_j / q_bucket · G_bucket: what it adds to the bucket's logit.
+
+    Args:
+        kind: A key of `ROW_RULES`.
+        teacher_nV: Logits before the division by T; are overwritten.
+        student_nV: Likewise; stay as they are.
+        top_k: k, below the number of tokens.
+        options: Of the divergence; T is taken from here.
+        scratch_nV: Gets the gradient.
+
+    Returns:
+        ``value_n``, and ``gradient_nV`` with respect to the student's logits divided by T.
+    """
+    index_nk = likeliest_tokens(teacher_nV, top_k)
+    teacher_nC, _ = _merge_rest_(teacher_nV.div_(options.temperature), index_nk)
+    rest_nV = torch.div(student_nV, options.temperature, out=scratch_nV)
+    student_nC, sum_n1 = _merge_rest_(rest_nV, index_nk)
+    log_p, p = softmax_(teacher_nC, torch.empty_like(teacher_nC))
+    log_q, q = softmax_(student_nC, torch.empty_like(student_nC))
+    value_n, gradient_nC = divergence_and_gradient_(
+        kind, log_p, p, log_q, q, options, torch.empty_like(q)
+    )
+    rest_nV *= gradient_nC[:, -1:] / sum_n1.clamp(min=1)  # 0 for an empty bucket, else ≥ 1
+    return value_n, rest_nV.scatter_(1, index_nk, gradient_nC[:, :-1])
+
+
+def _merge_rest_(logits_nV: Tensor, index_nk: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the logits of the chosen tokens and, last, of the bucket; and a sum, ``[n, 1]``.
+
+    The logits become exponentials: 0 for the chosen tokens; the others' sum is the one returned.
+    """
+    logits_nV -= logits_nV.amax(-1, keepdim=True)  # as in softmax_
+    chosen_nk = logits_nV.gather(1, index_nk)
+    logits_nV.scatter_(1, index_nk, -torch.inf)
+    top_n1 = logits_nV.amax(-1, keepdim=True).clamp_(min=LOG_FLOOR)  # finite for an empty bucket
+    sum_n1 = logits_nV.sub_(top_n1).exp_().sum(-1, keepdim=True)
+    return torch.cat([chosen_nk, top_n1 + sum_n1.log()], dim=1), sum_n1
 
 
 def cross_entropy(log_q: Tensor, targets_n: Tensor) -> Tensor:

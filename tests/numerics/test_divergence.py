@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def random_logits(seed: int, size: tuple[int, int] = (7, 33)) -> tuple[torch.Ten
     return teacher, teacher + torch.randn(size, generator=generator, dtype=torch.float64)
 
 
-def value(kind: str, p: torch.Tensor, q: torch.Tensor, **options: float) -> torch.Tensor:
+def value(kind: str, p: torch.Tensor, q: torch.Tensor, **options: Any) -> torch.Tensor:
     return divergence(kind, teacher_logits_NV=p, student_logits_NV=q, **options)
 
 

@@ -174,6 +174,8 @@ def test_broken_command_lines(flags: tuple[str, ...]) -> None:
         ("--objective.mu 0", "objective.mu=0.0 must be in (0, 1)"),
         ("--objective.alpha 1", "objective.alpha=1.0 must be in (0, 1)"),
         ("--objective.rkl_coeff -1", "objective.fkl_coeff and rkl_coeff must be ≥ 0"),
+        ("--objective.top_k 0", "objective.top_k=0 must be ≥ 1"),
+        ("--objective.lens.top_k -3", "objective.lens.top_k=-3 must be ≥ 1"),
         ("--objective.lens.coeff -0.1", "objective.lens.coeff=-0.1 must be ≥ 0"),
         ("--objective.lens.beta 0", "objective.lens.beta=0.0 must be in (0, 1)"),
         ("--objective.lens.count 0", "objective.lens.count=0 must be ≥ 1"),
@@ -205,6 +207,13 @@ def test_broken_command_lines(flags: tuple[str, ...]) -> None:
 )
 def test_ranges(flags: str, told: str) -> None:
     assert told in refusal(*flags.split())
+
+
+@pytest.mark.parametrize("value", ["true", "1.5", "many"])
+def test_top_k_is_a_whole_number(tmp_path: Path, value: str) -> None:
+    assert "objective.lens.top_k" in refusal("--objective.lens.top_k", value)
+    file = layer(tmp_path, "k.yaml", f"objective: {{top_k: {value}}}")
+    assert "objective.top_k" in refusal("--config", file)
 
 
 def test_all_values_out_of_range_are_told_at_once() -> None:

@@ -71,6 +71,15 @@ def test_lens_terms() -> None:
         assert term.teacher_hidden_NE is teacher.layers[number]
 
 
+def test_the_lens_has_a_top_k_of_its_own() -> None:
+    final, first, second = objective({"top_k": 4}, top_k=32).terms(
+        rows(4), rows(6), TARGETS, scale=1.0
+    )
+    assert [term.options.top_k for term in (final, first, second)] == [32, 4, 4]
+    final, first, _ = objective(top_k=32).terms(rows(4), rows(6), TARGETS, scale=1.0)
+    assert (final.options.top_k, first.options.top_k) == (32, None)
+
+
 def test_named_losses_from_sums() -> None:
     lens = objective({"coeff": 0.5, "weights": [1.0, 3.0]}, kd_ratio=0.3, temperature=2.0)
     losses = lens.losses([[20.0, 8.0], [0.0, 4.0], [0.0, 12.0]], 4)
