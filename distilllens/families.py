@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +19,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
+from transformers.utils import ModelOutput
 
 from distilllens.chunks import LogitTransform
 from distilllens.errors import ConfigError
 
-FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
-DIVIDES_LOGITS = ("granite",)
-"""Families (prefix of model_type) that divide their logits by ``logits_scaling``."""
+FINAL_NORM_NAMES = (
+    *("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm"),
+    *("norm_f", "layer_norm", "embedding_norm"),  # MPT and Mamba; XGLM and BioGPT; LFM2
+)
+BODY_ARGUMENTS = ("input_ids", "position_ids", "use_cache")
+"""What `run_body` calls a body with; all of transformers' own take them."""
+DIVIDES_LOGITS = ("granite", "minicpm")
+"""Families (prefix of model_type) that divide their logits by ``logits_scaling``; MiniCPM divides
+what enters the head, which has no bias: the same."""
 MULTIPLIES_LOGITS = ("hyperclovax",)
 """Families that multiply them by it."""
 
@@ -56,26 +64,7 @@ def find_parts(model: nn.Module) -> ModelParts:
         ConfigError: A part is missing; the message names it.
     """
     base = base_model(model)
-    family = base.config.model_type
-    count = base.config.get_text_config().num_hidden_layers
-    body = base.get_decoder()
-    found = [
-        (name, module)
-        for name, module in body.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not found:
-        raise ConfigError(
-            f"no list of {count} transformer blocks in a model of family {family!r}",
-            why="the lens reads the output of single blocks",
-        )
-    name, blocks = found[0]
-    parent = body.get_submodule(name.rpartition(".")[0])
-    head = base.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ConfigError(
-            f"family {family!r}: the LM head is {type(head).__name__}, not a linear layer"
-        )
+    body, blocks, parent = _find_blocks(base)
     norms = [
         getattr(parent, n)
         for n in FINAL_NORM_NAMES
@@ -87,10 +76,63 @@ def find_parts(model: nn.Module) -> ModelParts:
         blocks=blocks,
         final_norm=norms[0] if norms else nn.Identity(),
         project_out=project_out if isinstance(project_out, nn.Module) else nn.Identity(),
-        head=head,
+        head=_find_head(base),
         transform=_logit_transform(base),
         vocab_size=base.config.get_text_config().vocab_size,
     )
+
+
+def _find_blocks(base: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
+    """Returns the body, its list of blocks, and the module that holds the list."""
+    family, count = base.config.model_type, base.config.get_text_config().num_hidden_layers
+    decoder = base.get_decoder()  # the model itself where it knows of no part by that name
+    lists = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList)}
+    name = next((name for name, module in lists.items() if len(module) == count), None)
+    if name is None:
+        there = ", ".join(f"{name} ({len(module)})" for name, module in lists.items())
+        raise ConfigError(
+            f"no list of {count} transformer blocks in a model of family {family!r}",
+            why="the lens reads the output of single blocks; lists (nn.ModuleList) in its "
+            f"{type(decoder).__name__}: {there[:200] or 'none'}",
+            fix="num_hidden_layers in config.json must be the length of the list of blocks",
+        )
+    parent = decoder.get_submodule(name.rpartition(".")[0])
+    body = parent if decoder is base else decoder
+    if body is base:
+        raise ConfigError(
+            f"family {family!r}: no body apart from the LM head",
+            why=f"the blocks ({name}) stand in {type(base).__name__} itself, and the body must "
+            "run without the head",
+            fix="put all but the head into a module of its own, which base_model_prefix names",
+        )
+    taken = inspect.signature(body.forward).parameters.values()
+    lacking = set(BODY_ARGUMENTS) - {argument.name for argument in taken}
+    if lacking and all(argument.kind is not argument.VAR_KEYWORD for argument in taken):
+        raise ConfigError(
+            f"{type(body).__name__}.forward takes no {', '.join(sorted(lacking))}",
+            why=f"the body of family {family!r} is run as those of transformers",
+            fix="add the arguments",
+        )
+    return body, lists[name], parent
+
+
+def _find_head(base: PreTrainedModel) -> nn.Linear:
+    """Returns the LM head, which must be a linear layer with a row for each token."""
+    family = base.config.model_type
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ConfigError(
+            f"family {family!r}: no LM head",
+            why=f"{type(base).__name__}.get_output_embeddings() returns None",
+            fix="call the head lm_head, or let that method return it",
+        )
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"family {family!r}: the LM head is {type(head).__name__}, not a linear layer",
+            why="the loss is computed from the head's weight, a few hundred rows at a time",
+            fix="choose a model whose get_output_embeddings() is an nn.Linear",
+        )
+    return head
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -111,6 +153,8 @@ def _logit_transform(model: PreTrainedModel) -> LogitTransform | None:
         elif config.model_type.startswith(MULTIPLIES_LOGITS):
             scale = float(logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is None:  # RecurrentGemma's name for it
+        softcap = getattr(config, "logits_soft_cap", None)
     if scale == 1.0 and softcap is None:
         return None
     return LogitTransform(scale=scale, softcap=None if softcap is None else float(softcap))
@@ -166,12 +210,21 @@ def run_body(
 
     Returns:
         ``final_BTD``, which enters the head, and ``hidden_BTD`` by layer, not normed.
+
+    Raises:
+        ConfigError: The body returns something else than a body of transformers.
     """
     packed = position_ids_BT is not None
     with capture_blocks(parts, layers) as captured, _sequences_told(packed=packed):
         positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
         output = parts.body(input_ids=input_ids_BT, use_cache=False, **positions)
-    return output.last_hidden_state, captured
+    if not isinstance(output, ModelOutput) or "last_hidden_state" not in output:
+        raise ConfigError(
+            f"{type(parts.body).__name__} returns {type(output).__name__}, no last_hidden_state",
+            why="bodies are run as those of transformers",
+            fix="return a BaseModelOutput",
+        )
+    return output["last_hidden_state"], captured
 
 
 @contextmanager
@@ -191,6 +244,17 @@ def _sequences_told(*, packed: bool) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = before
+
+
+def freeze_unreached_(model: nn.Module, parts: ModelParts) -> None:
+    """Freezes what no loss on text reaches: the picture half of a model of texts and pictures.
+
+    Its gradients would be 0, and weight decay would shrink it step by step.
+    """
+    reached = {id(p) for part in (parts.body, parts.head) for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
 
 
 def compile_blocks(parts: ModelParts) -> None:

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from distilllens.chunks import Unembedding
 from distilllens.errors import ConfigError
-from distilllens.families import base_model, find_parts, run_body
+from distilllens.families import FINAL_NORM_NAMES, base_model, find_parts, run_body
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference relative to the largest logit; 16-bit models get 0.05."""
@@ -52,7 +53,11 @@ class LogitLens:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Maps raw block output [..., D] to logits [..., V] in the model's dtype."""
-        logits = self.parts.head(self.normalize(hidden))
+        return self.head_logits(self.normalize(hidden))
+
+    def head_logits(self, final: Tensor) -> Tensor:
+        """Maps what enters the head, [..., D], to logits [..., V] in the model's dtype."""
+        logits = self.parts.head(final)
         return logits if self.parts.transform is None else self.parts.transform(logits)
 
     @torch.no_grad()
@@ -69,34 +74,55 @@ class LogitLens:
             ConfigError: They differ, so the lens would show something else than the model. (With
                 ``norm="none"`` the check is made with the norm.)
         """
-        model = base_model(self.model)
-        was_training = model.training
+        model, parts = base_model(self.model), self.parts
+        family, was_training = model.config.model_type, model.training
+        lens = LogitLens(self.model, "final")
+        lens.parts = parts
+        entered: list[Tensor] = []
+        hook = parts.head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         model.eval()
         try:
-            expected = model(input_ids=input_ids_BT, use_cache=False).logits.double()
-            last = len(self.parts.blocks)
-            _, captured = run_body(self.parts, input_ids_BT, [last])
-            checked = LogitLens(self.model, "final")
-            checked.parts = self.parts
-            actual = checked.logits(captured[last]).double()
+            expected = model(input_ids=input_ids_BT, use_cache=False).logits
+            hook.remove()
+            last = len(parts.blocks)
+            final_BTD, captured = run_body(parts, input_ids_BT, [last])
+            error = max(
+                _difference(lens.logits(captured[last]), expected),
+                # What enters the head in a step of training.
+                _difference(lens.head_logits(final_BTD), expected),
+            )
+            if not expected.isfinite().all():
+                raise ConfigError(
+                    f"a model of family {family!r} gives logits that are not finite",
+                    why="its weights hold NaN or infinities, or overflow in this dtype",
+                )
+            if error > self._tolerance():
+                raise ConfigError(
+                    f"the logit lens of family {family!r} differs from the model's own logits "
+                    f"by {error:.2g} of the largest one",
+                    why=lens._explain(entered, final_BTD, captured[last]),
+                    fix="teach distilllens/families.py this family",
+                )
         finally:
+            hook.remove()
             model.train(was_training)
-        error = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
-        if not expected.isfinite().all():
-            raise ConfigError(
-                f"a model of family {model.config.model_type!r} gives logits that are not finite",
-                why="its weights hold NaN or infinities, or overflow in this dtype",
-            )
-        if not error <= self._tolerance():  # NaN fails too
-            raise ConfigError(
-                f"the logit lens of family {model.config.model_type!r} differs from the model's "
-                f"own logits by {error:.2g} of the largest one",
-                why=f"final norm {type(self.parts.final_norm).__name__}, head "
-                f"{type(self.parts.head).__name__}, transform {self.parts.transform} are not all "
-                "that stands between the last block and the logits",
-                fix="teach distilllens/families.py this family",
-            )
         return error
+
+    def _explain(self, entered: list[Tensor], final_BTD: Tensor, last_BTD: Tensor) -> str:
+        """Returns where the way from the last block to the logits is another than the lens's."""
+        parts, tolerance = self.parts, self._tolerance()
+        norm = f"final norm {type(parts.final_norm).__name__}"
+        if isinstance(parts.final_norm, nn.Identity):
+            norm += f" (no {', '.join(FINAL_NORM_NAMES)} beside the blocks)"
+        head = f"head {type(parts.head).__name__}"
+        if not entered:
+            return f"the model does not call its {head}; {norm}"
+        if not _difference(self.normalize(last_BTD), entered[-1]) <= tolerance:
+            return f"what enters the {head} is not the last block's output behind the {norm}"
+        if not _difference(final_BTD, entered[-1]) <= tolerance:
+            body = type(parts.body).__name__
+            return f"what enters the {head} is not the last_hidden_state of {body}; {norm}"
+        return f"behind the {head} stands something else than {parts.transform}; {norm}"
 
     @torch.no_grad()
     def packing_check(self, input_ids_BT: Tensor) -> float:
@@ -139,3 +165,12 @@ class LogitLens:
     def _tolerance(self) -> float:
         dtype = next(base_model(self.model).parameters()).dtype
         return SELF_CHECK_TOLERANCE.get(dtype, 0.05)
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference, relative to the largest of ``expected``; infinite for NaN."""
+    if actual.shape != expected.shape:
+        return math.inf
+    largest = expected.double().abs().max().clamp(min=1e-6)
+    error = ((actual.double() - expected.double()).abs().max() / largest).item()
+    return math.inf if math.isnan(error) else error

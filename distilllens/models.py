@@ -6,9 +6,11 @@ their own, pickles and sizes that no model has are refused, and nothing of them 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from distilllens import distributed
 from distilllens.config import LoraConfig, ModelConfig
 from distilllens.errors import ConfigError
 from distilllens.libraries import quiet_libraries
@@ -70,6 +75,8 @@ def load_model_config(
             trust_remote_code=trust_remote_code,
             local_files_only=offline,
         )
+        if not trust_remote_code and hasattr(config, "auto_map"):
+            del config.auto_map  # no code of the folder's, nor in what is exported
         text_config = config.get_text_config()
         sizes = {name: getattr(text_config, name, None) for name in LARGEST_SIZES}
     except Exception as error:  # whatever a library stumbles over in a stranger's file
@@ -108,6 +115,8 @@ def load_tokenizer(
         )
     except Exception as error:  # whatever a library stumbles over in a stranger's file
         raise _unloadable(path, error, "its tokenizer") from None
+    if not trust_remote_code:
+        tokenizer.init_kwargs.pop("auto_map", None)
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {path} has {len(tokenizer)} tokens and "
@@ -411,7 +420,8 @@ def _check_settings(path: str, name: str, *, trust_remote_code: bool) -> dict[st
 
     Raises:
         ConfigError: Not a JSON object; nested too deeply, numbers that no model has; code of the
-            folder's own or of a hub repository, unless it is trusted.
+            folder's own or of a hub repository, unless it is trusted, or transformers knows the
+            family itself: then its own class is loaded, and the code is told of and left alone.
     """
     file = Path(path).expanduser() / name
     if not file.is_file():
@@ -428,14 +438,45 @@ def _check_settings(path: str, name: str, *, trust_remote_code: bool) -> dict[st
         raise ConfigError(f"cannot load {path}", why=f"{name} is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load {path}", why=f"{name}: {_first_line(error)}") from None
-    if not trust_remote_code and (code := _foreign_code(settings)):
+    if trust_remote_code:
+        return settings
+    native = _native_class(name, settings)
+    ignored = settings.pop("auto_map", None) if native else None
+    if code := _foreign_code(settings):
         raise ConfigError(
             f"cannot load {path}",
             why=f"{name} asks to run Python code: {code}; nothing of it ran",
             fix="if the library knows the family itself, delete that entry; else read the code, "
             "then --model.trust_remote_code true --model.revision COMMIT",
         )
+    if ignored:
+        _tell_ignored(str(file), native)
     return settings
+
+
+def _native_class(name: str, settings: dict[str, Any]) -> str:
+    """Returns what transformers itself makes of a folder whose ``auto_map`` is ignored, or ""."""
+    if not isinstance(settings.get("auto_map"), dict):
+        return ""
+    key = "model_type" if name == "config.json" else "tokenizer_class"
+    value = settings.get(key)
+    if not isinstance(value, str):
+        return ""
+    if name == "config.json":
+        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(value, ""))
+    known = name == "tokenizer_config.json" and tokenizer_class_from_name(value) is not None
+    return value if known else ""
+
+
+@functools.cache
+def _tell_ignored(file: str, native: str) -> None:
+    """Warns once a process, on the screen of the first."""
+    if distributed.is_main():
+        print(
+            f"warning: {file}: auto_map is ignored and its code does not run; "
+            f"loading transformers' own {native}",
+            file=sys.stderr,
+        )
 
 
 def _foreign_code(settings: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from distilllens.chunks import Unembedding
 from distilllens.config import TrainConfig
 from distilllens.data.tokenize import PreparedData, prepare_dataset
 from distilllens.errors import ConfigError, DataError
-from distilllens.families import compile_blocks, no_decay_parameters
+from distilllens.families import compile_blocks, freeze_unreached_, no_decay_parameters
 from distilllens.layers import LayerPair, build_layer_pairs
 from distilllens.lens import LogitLens
 from distilllens.models import (
@@ -306,10 +306,12 @@ def build_module(
         ConfigError: Weights cannot be loaded, or the lens does not give the model's own logits.
     """
     student = load_student(plan.config.model, dtype=plan.dtype).to(device)
+    lens = _checked_lens(student, plan, data)
+    freeze_unreached_(student, lens.parts)
     return DistillationModule(
         student,
         objective=plan.objective,
-        lens=_checked_lens(student, plan, data),
+        lens=lens,
         teacher_unembedding=teacher_unembedding,
         vocab_size=plan.vocab_size,
     )

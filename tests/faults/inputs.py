@@ -479,13 +479,20 @@ CONFIG_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "dtype is code": ({"dtype": "os.system"}, r"config\.json"),
     "labels are a number": ({"id2label": 7}, r"config\.json"),
     "method is overwritten": ({"get_text_config": 3}, r"config\.json"),
-    "code": ({"auto_map": {"AutoConfig": "own.C"}}, "asks to run Python code.*own"),
+    "code inside": (
+        {"text_config": {"auto_map": {"AutoConfig": "own.C"}}},
+        "asks to run Python code.*own",
+    ),
+    "code of a family without next tokens": (
+        {"model_type": "clip", "auto_map": {"AutoModelForCausalLM": "own.M"}},
+        "asks to run Python code.*own",
+    ),
     "code of an unknown family": (
         {"model_type": "made-up", "auto_map": {"AutoConfig": "own.Config"}},
         r"config\.json asks to run Python code: auto_map",
     ),
     "code of the hub": (
-        {"auto_map": {"AutoModelForCausalLM": "evil/repo--own.Model"}},
+        {"model_type": "new", "auto_map": {"AutoModelForCausalLM": "evil/repo--own.Model"}},
         "asks to run Python code.*evil/repo",
     ),
     "code map is a number": ({"auto_map": 7}, "asks to run Python code: auto_map=7"),
@@ -539,7 +546,7 @@ TOKENIZER_CHANGES: dict[str, tuple[Edit, str]] = {
     "side is unknown": (change(TOKENIZER, padding_side="up"), "its tokenizer: Padding side"),
     "inputs are a number": (change(TOKENIZER, model_input_names=7), "its tokenizer"),
     "code": (
-        change(TOKENIZER, auto_map={"AutoTokenizer": ["own.T", None]}),
+        change(TOKENIZER, tokenizer_class="T", auto_map={"AutoTokenizer": ["own.T", None]}),
         r"tokenizer_config\.json asks to run Python code",
     ),
 }
@@ -655,7 +662,7 @@ for _cases in (record_cases(), yaml_cases(), flag_cases(), model_cases(), other_
 
 WRITING_CASES: dict[str, BadInput] = {
     "broken line": CASES["train: cut off"],
-    "hostile config.json": CASES["config.json: code"],
+    "hostile config.json": CASES["config.json: code inside"],
     "output folder under a file": BadInput(
         code=6,
         told=r"run\.output_dir=ROOT/file/run cannot be written",

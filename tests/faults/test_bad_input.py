@@ -264,6 +264,7 @@ def test_hostile_sizes_do_not_fill_the_memory(run: Run) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "made-up"])
 @pytest.mark.parametrize("command", ["train", "evaluate", "prepare"])
 def test_code_of_a_model_folder_does_not_run(run: Run, family: str, command: str) -> None:
+    """A family that the library knows is loaded without that code, any other is refused."""
     names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
 
     def edit(root: Path) -> None:
@@ -273,9 +274,17 @@ def test_code_of_a_model_folder_does_not_run(run: Run, family: str, command: str
         change(CONFIG, model_type=family, auto_map=names)(root)
         change("student/tokenizer_config.json", auto_map={"AutoTokenizer": ["own.T", None]})(root)
 
-    outcome = run(BadInput(command=command, code=2, told="", edit=edit))  # type: ignore[arg-type]
-    assert outcome.code == 2 and outcome.says("asks to run Python code"), outcome.errors
-    assert not outcome.changed
+    code = 0 if family == "gpt2" else 2
+    outcome = run(BadInput(command=command, code=code, told="", edit=edit))  # type: ignore[arg-type]
+    assert outcome.code == code, outcome.errors
+    assert "canary" not in outcome.changed
+    if family == "gpt2":
+        for name in ("config", "tokenizer_config"):
+            told = f"student/{name}.json: auto_map is ignored and its code does not run"
+            assert outcome.errors.count(told) == 1, outcome.errors
+    else:
+        assert outcome.says("asks to run Python code"), outcome.errors
+        assert not outcome.changed
 
 
 def test_pickled_weights_do_not_run(run: Run) -> None:

@@ -26,6 +26,10 @@ from distilllens.families import (
 # Where each family keeps its final norm; written down from the model files, None: it has none.
 FINAL_NORMS: dict[str, Callable[[Any], nn.Module] | None] = {
     "gpt2": lambda m: m.transformer.ln_f,
+    "gptj": lambda m: m.transformer.ln_f,
+    "falcon": lambda m: m.transformer.ln_f,
+    "bloom": lambda m: m.transformer.ln_f,
+    "mpt": lambda m: m.transformer.norm_f,
     "phi": lambda m: m.model.final_layernorm,
     "gpt_neox": lambda m: m.gpt_neox.final_layer_norm,
     "opt-pre-norm": lambda m: m.model.decoder.final_layer_norm,
@@ -54,7 +58,7 @@ def test_parts(family: str) -> None:
     else:
         assert parts.final_norm is find_norm(model)
     assert isinstance(parts.project_out, nn.Identity) == (family != "opt-projected")
-    assert (parts.head.bias is not None) == (family == "phi")
+    assert (parts.head.bias is not None) == (family in ("phi", "gptj"))
 
 
 @pytest.mark.parametrize(

@@ -184,25 +184,69 @@ def add_code(folder: Path, marker: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("load", LOADERS)
-@pytest.mark.parametrize("family", ["gpt2", "made-up"])
 def test_code_in_a_model_folder_does_not_run(
-    load: Callable[[str], object], folder: Path, tmp_path: Path, family: str
+    load: Callable[[str], object], folder: Path, tmp_path: Path
 ) -> None:
-    """Not even where the library knows the family: the folder asks for something else."""
-    add_code(folder, tmp_path / "it-ran", family)
+    add_code(folder, tmp_path / "it-ran", "made-up")
     told = refused(load, folder)
     assert "asks to run Python code: auto_map=" in told and told.endswith("nothing of it ran")
     assert not (tmp_path / "it-ran").exists()
 
 
-def test_code_runs_where_it_is_asked_for(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_code_of_a_family_that_the_library_knows_is_left_alone(
+    folder: Path,
+    tmp_path: Path,
+    tiny_gpt2: Callable[..., GPT2LMHeadModel],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The control of the test above: the marker would have shown it."""
+    """Folders of Phi-3 and others bring code of a time when the library did not know them."""
+    add_code(folder, tmp_path / "it-ran", "gpt2")
+    before = set(sys.modules)
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    assert type(model) is GPT2LMHeadModel
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, tiny_gpt2()(IDS).logits)
+    assert not (tmp_path / "it-ran").exists()
+    assert not any("own" in name.split(".") for name in set(sys.modules) - before)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2  # each file once, however often it is read
+    for line, name, native in zip(
+        told, ("config", "tokenizer_config"), ("GPT2LMHeadModel", "Tokenizer"), strict=True
+    ):
+        assert f"{folder}/{name}.json: auto_map is ignored and its code does not run" in line
+        assert native in line
+    model.save_pretrained(tmp_path / "exported")
+    tokenizer.save_pretrained(tmp_path / "exported")
+    for file in (tmp_path / "exported").glob("*.json"):
+        assert "auto_map" not in json.loads(file.read_text()), file.name
+
+
+@pytest.mark.parametrize("names", [7, "own.Config", ["own.Config"]])
+def test_a_code_map_that_is_none_is_refused(folder: Path, names: object) -> None:
+    edit_json(folder / "config.json", auto_map=names)
+    assert "asks to run Python code: auto_map=" in refused(load_model_config, folder)
+
+
+@pytest.mark.parametrize("native", ["OwnTokenizer", None, 7])
+def test_a_tokenizer_that_only_its_code_knows_is_refused(folder: Path, native: object) -> None:
+    """The library would take tokenizer.json instead, which may cut texts in another way."""
+    edit_json(
+        folder / "tokenizer_config.json",
+        tokenizer_class=native,
+        auto_map={"AutoTokenizer": ["own.Tok", None]},
+    )
+    assert "asks to run Python code: auto_map=" in refused(load_tokenizer, folder)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "made-up"])
+def test_code_runs_where_it_is_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The control of the tests above: the marker would have shown it."""
     cache = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
     monkeypatch.setattr("sys.path", [*sys.path])
-    add_code(folder, tmp_path / "it-ran", "made-up")
+    add_code(folder, tmp_path / "it-ran", family)
     with pytest.raises(ConfigError, match="the code ran"):
         load_model_config(str(folder), trust_remote_code=True, revision="main")
     assert (tmp_path / "it-ran").exists()
