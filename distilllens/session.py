@@ -21,12 +21,13 @@ from distilllens.checkpoint import check_same_config, find_state
 from distilllens.config import TrainConfig, dump_config, load_config
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import EXIT_OK, UserError, as_user_error, leave_code
+from distilllens.errors import EXIT_OK, UserError, as_user_error, is_first_here, leave_code
 from distilllens.layers import layer_table
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
 from distilllens.memory import count_parameters, estimate_memory, memory_table
 from distilllens.models import num_blocks
+from distilllens.nodes import check_shared
 from distilllens.runs import (
     RunFolder,
     check_unused,
@@ -74,6 +75,7 @@ def _session(arguments: list[str], held: ExitStack) -> int:
         device = distributed.initialize()
         claimed = create_run_folder(config.run.output_dir)
         note = held.enter_context(locked(claimed.lock))
+        check_shared(claimed.root)
         resumed = claim_folder(config, claimed)
         distributed.barrier()  # the others must not find what the first process writes now
         folder = claimed
@@ -108,8 +110,12 @@ def claim_folder(config: TrainConfig, folder: RunFolder) -> Path | None:
 def resume_command(arguments: Sequence[str]) -> str:
     """Returns what the user types to go on, without secrets."""
     start = ["python"]
-    if distributed.world_size() > 1:
-        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if (everywhere := distributed.world_size()) > 1:
+        here = distributed.local_world_size()
+        start = ["torchrun", "--nproc_per_node", str(here)]
+        if everywhere > here:
+            start += ["--nnodes", str(everywhere // here), "--node_rank", "NODE_RANK"]
+            start += ["--master_addr", os.environ["MASTER_ADDR"]]
     return shown_command([*start, "train.py", *arguments])
 
 
@@ -305,7 +311,8 @@ def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
     rank = int(os.environ.get("RANK", "0"))  # the process group may not stand yet
     if debug:
         traceback.print_exception(error)
-    if rank == 0 or told is not error:  # a user's error is the same on all processes: one says it
+    # A user's error is the same on all processes of a machine, not on all machines: one says it.
+    if is_first_here() or told is not error:
         print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
     if folder is not None and folder.root.is_dir():
         try:

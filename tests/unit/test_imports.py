@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "distilllens"
 
 FLOORS = """
-    libraries errors parsing config faults manifest distributed signals schedule lock runs
+    libraries errors parsing config faults manifest distributed nodes signals schedule lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
     objective student teacher_cache setup memory cache_teacher loader numerics_guard
