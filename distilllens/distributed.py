@@ -98,6 +98,11 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Returns how many processes torchrun, or DeepSpeed's launcher, started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this process writes files and speaks."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -20,9 +20,14 @@ CODE_FILE = "DISTILLLENS_CODE_FILE"
 """Variable by which a launch script names a file for the exit code: torchrun turns all into 1."""
 
 
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine, which speaks for all that happens alike."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def leave_code(code: int) -> int:
-    """Writes the exit code where the launch script looks for it, on the first process."""
-    if (path := os.environ.get(CODE_FILE)) and os.environ.get("RANK", "0") == "0":
+    """Writes the exit code where a machine's launch script looks for it, on its first process."""
+    if (path := os.environ.get(CODE_FILE)) and is_first_here():
         Path(path).write_text(str(code), encoding="utf-8")
     return code
 
@@ -40,7 +45,7 @@ class UserError(ValueError):
     exit_code = EXIT_BUG
     label = "DL-BUG"
     everywhere = False
-    """Whether all processes meet it alike, so that the first alone should tell it."""
+    """Whether all processes meet it alike, so that the first of a machine should tell it."""
 
     def __init__(self, what: str, *, why: str = "", fix: str = "", kept: str = "") -> None:
         self.what, self.why, self.fix, self.kept = what, why, fix, kept
@@ -115,6 +120,6 @@ def end_command(error: Exception | KeyboardInterrupt, *, debug: bool, interrupte
         print(f"interrupted; {interrupted}", file=sys.stderr)
         return leave_code(EXIT_INTERRUPTED)
     told = as_user_error(error)
-    if not told.everywhere or os.environ.get("RANK", "0") == "0":
+    if not told.everywhere or is_first_here():
         print(told.format(), file=sys.stderr, flush=True)
     return leave_code(told.exit_code)

@@ -30,6 +30,7 @@ from distilllens.errors import (
     StorageError,
     UserError,
     as_user_error,
+    is_first_here,
     leave_code,
 )
 from distilllens.faults import check_faults
@@ -43,6 +44,7 @@ from distilllens.memory import (
     memory_table,
 )
 from distilllens.models import num_blocks
+from distilllens.nodes import check_shared
 from distilllens.resume import check_same_config, find_state, saved_tracker_id
 from distilllens.runs import (
     RunFolder,
@@ -94,6 +96,7 @@ def _session(arguments: list[str], held: ExitStack) -> int:
         device = distributed.initialize(timedelta(seconds=timeout))
         claimed = create_run_folder(config.run.output_dir)
         note = held.enter_context(locked(claimed.lock))
+        check_shared(claimed.root)
         resumed, changes = claim_folder(config, claimed)
         distributed.barrier()  # the others must not find what the first process writes now
         folder = claimed
@@ -134,8 +137,12 @@ def claim_folder(config: TrainConfig, folder: RunFolder) -> tuple[Path | None, s
 def resume_command(arguments: Sequence[str]) -> str:
     """Returns what the user types to go on, without secrets."""
     start = ["python"]
-    if distributed.world_size() > 1:
-        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if (everywhere := distributed.world_size()) > 1:
+        here = distributed.local_world_size()
+        start = ["torchrun", "--nproc_per_node", str(here)]
+        if everywhere > here:
+            start += ["--nnodes", str(everywhere // here), "--node_rank", "NODE_RANK"]
+            start += ["--master_addr", os.environ["MASTER_ADDR"]]
     return shown_command([*start, "train.py", *arguments])
 
 
@@ -391,8 +398,10 @@ def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     claimed = folder if folder is not None and folder.root.is_dir() else None
-    alike = claimed is None or told.everywhere
-    speaks = rank == 0 if alike or claimed is None else _takes_last_word(claimed)
+    if claimed is None or told.everywhere:  # all meet it alike: one of each machine tells it
+        speaks, writes = is_first_here(), rank == 0
+    else:
+        speaks = writes = _takes_last_word(claimed)
     if speaks:
         print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
     if claimed is not None:
@@ -400,7 +409,7 @@ def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
             with claimed.rank_log(rank).open("a", encoding="utf-8") as log:
                 trace = "".join(traceback.format_exception(error))
                 log.write(f"{message}\n{redact(trace)}\n")
-            if speaks:
+            if writes:
                 _write_end_status(claimed, told, code)
         except OSError as failure:  # a full disk is what ended the run, perhaps
             print(f"  also: {failure.filename or claimed.root}: {failure}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from distilllens.models import (
     shared_vocab_size,
     vocab_rows,
 )
+from distilllens.nodes import refuse_together
 from distilllens.objective import DistillationObjective
 from distilllens.student import DistillationModule, Teacher
 from distilllens.teacher_cache import CachedTeacher, open_teacher_cache
@@ -188,19 +190,25 @@ def load_data(plan: Plan) -> PreparedData:
     """Tokenises the records once, on the first process; the others wait and open the result.
 
     Raises:
-        DataError: Broken records, none usable, or fewer than one global batch.
+        DataError: Broken records, none usable, or fewer than one global batch; on all processes,
+            if one of them does not find what the first has made.
     """
-    data = None
-    for turn in (True, False):
-        if distributed.is_main() == turn:
-            data = prepare_dataset(
-                data=plan.config.data,
-                dev_size=plan.config.eval.dev_size,
-                tokenizer=plan.tokenizer,
-                family=plan.student_config.model_type,
-                build=turn,
-            )
-        distributed.barrier()
+    prepare = partial(
+        prepare_dataset,
+        data=plan.config.data,
+        dev_size=plan.config.eval.dev_size,
+        tokenizer=plan.tokenizer,
+        family=plan.student_config.model_type,
+    )
+    data = prepare() if distributed.is_main() else None
+    distributed.barrier()
+    refusal = None
+    if data is None:
+        try:
+            data = prepare(build=False)
+        except DataError as error:
+            refusal = error
+    refuse_together("the tokenised data that the first process has made", refusal)
     assert data is not None
     _check_positions(plan, data)
     return data

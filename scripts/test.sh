@@ -18,7 +18,7 @@ step() { # COMMAND…
 bash scripts/setup.sh test
 step ruff check .
 step ruff format --check .
-mapfile -t scripts < <(find scripts .ci -type f \( -name '*.sh' -o -name run \) | sort)
+mapfile -t scripts < <(find scripts .ci -type f \( -name '*.sh' -o -name '*.sbatch' -o -name run \) | sort)
 step shellcheck "${scripts[@]}"
 step mypy
 step python -m pytest -n "${TEST_PROCESSES:-2}" "${options[@]}"

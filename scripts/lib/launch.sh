@@ -1,28 +1,19 @@
 # shellcheck shell=bash
 # The one place that starts train.py and evaluate.py. Sourced by the scripts after their line gpus=.
-#   PROCESSES=2   so many processes on this machine, whatever gpus= says (without a GPU: gloo on the CPU)
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=HOST [MASTER_PORT=29500]   several machines; run the script on each
 # shellcheck source=scripts/lib/project.sh
 source "$(dirname "${BASH_SOURCE[0]}")/project.sh"
 # shellcheck source=scripts/lib/processes.sh
 source scripts/lib/processes.sh
-processes=$(count_processes "${gpus:-1}")
+# shellcheck source=scripts/lib/start.sh
+source scripts/lib/start.sh
+processes=$(count_processes "${gpus:-1}") launched=0
 
 launch_train() { launch "$(value_of --run.output_dir "$@")" train.py "$@"; }
 launch_evaluate() { launch "$(value_of --output_dir "$@")" evaluate.py "$@"; }
 
 launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the run's own exit code
-  local status="$1/status.json" begin child left own waiting=1 code=0
-  # Threads that wait must sleep: where cores are shared, spinning at least doubled the time of a step.
-  local command=(env "OMP_NUM_THREADS=$(count_threads "$processes")" "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
-  if [[ -n "${NNODES:-}" ]]; then
-    command+=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" --nproc_per_node "$processes"
-      --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}")
-  elif ((processes > 1)); then
-    command+=(torchrun --standalone --nproc_per_node "$processes") # on a free port
-  else
-    command+=(python)
-  fi
+  local status="$1/status.json" begin child left own waiting=1 code=0 command
+  start_with "$((launched++))"
   command+=("${@:2}")
   if dry_run; then run "${command[@]}" && return; fi
   if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' 2>/dev/null; then
@@ -32,7 +23,7 @@ launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the ru
   begin=$(date +%s) left=$(mktemp) # left: for the exit code, which torchrun turns into 1
   (trap - INT && DISTILLLENS_CODE_FILE="$left" exec "${command[@]}") & # in the background, so that a SIGTERM can be handed on
   child=$!
-  trap 'waiting=1; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'waiting=1; hand_on "$child"' TERM
   trap 'waiting=1' INT # Ctrl-C reaches the child by itself
   while ((waiting)); do # a signal ends `wait`, not the child
     waiting=0

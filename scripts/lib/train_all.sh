@@ -5,7 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 train_all() { # FLAG…: passed on to every train.py, after all else, so that they win
-  local layers=() options=() name type seed folder
+  local layers=() options=() all name type seed folder
   for name in "${configs[@]:?}"; do
     if [[ ! -f "configs/$name.yaml" ]]; then
       echo "error: there is no configs/$name.yaml, only: $(ls -m "configs/$(dirname "$name")")" >&2
@@ -13,9 +13,10 @@ train_all() { # FLAG…: passed on to every train.py, after all else, so that th
     fi
     layers+=(--config "configs/$name.yaml")
   done
-  if ((processes != ${gpus:?})); then
-    echo "$processes process(es), gpus=$gpus: an optimizer step takes $processes/$gpus of the records that the" \
-      "configs mean; $gpus/$processes times their --optim.accumulation makes up for it." >&2
+  all=$(count_all)
+  if ((all != ${gpus:?})); then
+    echo "$all process(es), gpus=$gpus: an optimizer step takes $all/$gpus of the records that $gpus would;" \
+      "$gpus/$all times their --optim.accumulation or --optim.micro_batch_size makes up for it." >&2
   fi
   for type in ${types:?}; do
     for seed in ${seeds:?}; do

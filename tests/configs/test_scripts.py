@@ -17,13 +17,13 @@ import pytest
 from distilllens.config import EvaluateConfig, TrainConfig, load_config, load_evaluate_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
-COMMANDS = [path for path in SCRIPTS if path.parent.name != "lib"]
+SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch")])
+COMMANDS = [path for path in SCRIPTS if path.parent.name not in ("lib", "launch")]
 TRAIN = [path for path in COMMANDS if path.name == "train_all.sh"]
 EVALUATE = [path for path in COMMANDS if path.name == "run_eval.sh"]
 SETTINGS = (
     "DRY_RUN GPUS MODEL TYPES SEEDS SETS ALSO APPROACHES CKPT_NAME PROCESSES NNODES NODE_RANK "
-    "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
+    "MASTER_ADDR MASTER_PORT HOSTFILE RESTARTS SAVE_SECONDS OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
 ).split()
 """Of the environment, read by the scripts: not the tester's."""
 
@@ -115,7 +115,7 @@ def test_shellcheck_is_content() -> None:
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], ids=relative)
 def test_script_is_thin_runnable_and_strict(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 60
+    assert len(lines) <= 60
     assert os.access(path, os.X_OK)
     subprocess.run(["bash", "-n", str(path)], check=True)
     if path.parent.name != "lib":
@@ -258,20 +258,23 @@ def test_later_protocol_replaces_the_scripts_choices(tree: Tree) -> None:
     assert (configs[0].limit, configs[0].eval.seeds) == (20, [10])
 
 
+ALONE, PATIENT = "torchrun --standalone --nproc_per_node", "--shutdown_timeout 600"
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "start"),
     [
         (0, {}, "python"),
-        (0, {"PROCESSES": "2"}, "torchrun --standalone --nproc_per_node 2"),
-        (8, {}, "torchrun --standalone --nproc_per_node 4"),
-        (2, {}, "torchrun --standalone --nproc_per_node 2"),
-        (8, {"CUDA_VISIBLE_DEVICES": "3,5"}, "torchrun --standalone --nproc_per_node 2"),
+        (0, {"PROCESSES": "2"}, f"{ALONE} 2 {PATIENT}"),
+        (8, {}, f"{ALONE} 4 {PATIENT}"),
+        (2, {}, f"{ALONE} 2 {PATIENT}"),
+        (8, {"CUDA_VISIBLE_DEVICES": "3,5"}, f"{ALONE} 2 {PATIENT}"),
         (8, {"CUDA_VISIBLE_DEVICES": ""}, "python"),
         (8, {"GPUS": "1"}, "python"),
         (
             8,
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "4000"},
-            "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 4 "
+            f"torchrun --nnodes 2 --node_rank 1 --nproc_per_node 4 --max_restarts 0 {PATIENT} "
             "--master_addr first --master_port 4000",
         ),
     ],
@@ -299,7 +302,9 @@ import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--run.output_dir") + 1])
 folder.mkdir(parents=True, exist_ok=True)
 code = int(os.environ["FAKE_CODE"])
-if os.environ.get("RANK", "0") == "0" and code != 1:
+if os.environ.get("RANK", "0") != "0":
+    time.sleep(2)  # torchrun ends the first process as soon as this one fails
+elif code != 1:
     (folder / "status.json").write_text(json.dumps({"state": "failed", "code": code}))
 if code == 143:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))

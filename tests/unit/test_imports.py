@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "distilllens"
 
 FLOORS = """
-    libraries errors watchdog parsing config faults manifest distributed signals schedule lock runs
+    libraries errors watchdog parsing config faults manifest distributed nodes signals schedule
+    lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
     objective student teacher_cache setup memory cache_teacher loader numerics_guard
