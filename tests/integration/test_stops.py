@@ -355,18 +355,20 @@ def test_the_lock_of_a_killed_run_is_taken_over_and_said_so(
     assert run.lock.read_bytes() == b""
 
 
-def test_a_process_of_a_higher_rank_writes_its_own_log(
+def test_the_first_process_that_fails_tells_how_the_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("HUB_TOKEN", SECRET)
-    code = session._end(RunFolder(tmp_path), RuntimeError(f"lost {SECRET}"), debug=False)
-    assert code == 1 and [path.name for path in tmp_path.iterdir()] == ["log-rank3.txt"]
-    log = (tmp_path / "log-rank3.txt").read_text()
-    assert "Traceback" not in capsys.readouterr().err
-    assert "RuntimeError: lost [redacted]" in log and SECRET not in log
-    session._end(RunFolder(tmp_path), ConfigError("same everywhere"), debug=False)
-    assert capsys.readouterr().err == ""  # the first process says it
+    for rank in ("3", "1"):
+        monkeypatch.setenv("RANK", rank)
+        error = RuntimeError(f"lost {SECRET} by {rank}")
+        assert session._end(RunFolder(tmp_path), error, debug=False) == 1
+        told = "rank 3: error[DL-BUG]: RuntimeError: lost [redacted] by 3" if rank == "3" else ""
+        assert capsys.readouterr().err.partition("\n")[0] == told
+        log = (tmp_path / f"log-rank{rank}.txt").read_text()
+        assert "Traceback" in log or f"by {rank}" in log
+        assert SECRET not in log
+    assert "by 3" in read_status(RunFolder(tmp_path))["error"]
 
 
 def test_a_full_disk_at_the_end_still_gives_the_code(
