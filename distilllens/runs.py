@@ -21,7 +21,7 @@ import torch
 
 from distilllens import __version__
 from distilllens.errors import ConfigError, StorageError, UserError
-from distilllens.manifest import saved_states
+from distilllens.manifest import DRAFT, saved_states
 
 RECORDED_PACKAGES = (
     "torch",
@@ -158,7 +158,7 @@ def create_run_folder(path: str) -> RunFolder:
                 kept="nothing was written",
             )
         folder.root.mkdir(parents=True, exist_ok=True)
-        probe = folder.root / f".probe-{os.getpid()}"
+        probe = folder.root / f"{DRAFT}probe-{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)  # of a shared folder: pids of two machines can be the same
     except UserError:
@@ -213,7 +213,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old or the new one, never a half of one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    draft = path.with_name(f"{DRAFT}{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # All checks: style, bash, types, tests. Makes .venv first if it must.
-#   bash scripts/test.sh [--fast] [pytest's options]     --fast leaves out the tests marked slow
+#   bash scripts/test.sh [--fast | --faults] [pytest's options]
+#     --fast      leaves out the tests marked slow
+#     --faults    of the tests runs tests/faults alone, with the whole kill campaign: 60 kills, a
+#                 table at the end; CAMPAIGN_SEED=N draws the signals and moments of an earlier one
 set -euo pipefail
 # shellcheck source=scripts/lib/project.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/project.sh"
@@ -8,7 +11,11 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 options=()
 for option in "$@"; do
-  if [[ "$option" == --fast ]]; then options+=(-m "not slow"); else options+=("$option"); fi
+  case "$option" in
+    --fast) options+=(-m "not slow") ;;
+    --faults) options+=(--faults tests/faults) ;;
+    *) options+=("$option") ;;
+  esac
 done
 step() { # COMMAND…
   echo "== $1 ${2:-}" >&2

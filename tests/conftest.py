@@ -45,6 +45,18 @@ if os.environ.get("KERNEL_ON_CPU") == "1":  # of test_fused_kernel.py, with TRIT
 
     chunks.KERNEL_ON["cpu"] = True
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="run the kill campaign too (minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--faults"):
+        for item in items:
+            if item.get_closest_marker("campaign"):
+                item.add_marker(pytest.mark.skip(reason="bash scripts/test.sh --faults runs it"))
+
+
 EOS = "<|endoftext|>"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real data beside the checkout, where there is any."""
