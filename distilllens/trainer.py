@@ -1,6 +1,6 @@
 """The training loop. Setup lives in `setup`, the mathematics in `student`, files in `checkpoint`.
 
-Shapes: B batch, T tokens, N response rows, K terms of the objective.
+Shapes: B batch, T tokens, N response rows, K sums of the objective.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from distilllens.faults import reach
 from distilllens.loader import StepBatches, StepLoader
 from distilllens.numerics_guard import NumericsGuard
 from distilllens.runs import RunFolder, write_status
-from distilllens.schedule import learning_rate
+from distilllens.schedule import learning_rate, lens_share
 from distilllens.setup import Plan, StepCount, build_optimizer
 from distilllens.signals import Request, Stopped, StopRequest
 from distilllens.student import DistillationModule, Teacher
@@ -52,6 +52,10 @@ class Totals:
     """What has been added up since the last line of metrics; stays on the device."""
 
     sums_K2: Tensor
+    scheduled_K2: Tensor
+    """The same with each step's share of the lens as a factor."""
+    lens_share: float = 1.0
+    """Of the last step."""
     tokens: int = 0
     steps: int = 0
     data_s: float = 0.0
@@ -169,15 +173,15 @@ class Trainer:
         # DeepSpeed averages over processes and micro-batches; this factor turns that mean of sums
         # into the sum over all of them, divided by all their tokens.
         scale = self.world_size * count / max(batches.num_tokens, 1)
+        share = lens_share(self.config.objective.lens, self.state.step, self.steps.total_steps)
         step_sums_K2 = torch.zeros_like(self.totals.sums_K2)
         for number, micro_batch in enumerate(batches.micro_batches, start=1):
             batch, teacher_rows = micro_batch.to(self.device)
             positions_BT = batch.packed_positions_BT
             if isinstance(self.teacher, Teacher):
                 teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N, positions_BT)
-            loss, sums_K2 = self.engine(
-                batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows, scale, positions_BT
-            )
+            inputs = (batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows)
+            loss, sums_K2 = self.engine(*inputs, scale, positions_BT, share)
             if reach("step.loss", step=self.state.step + 1):
                 loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
             self.engine.backward(loss)
@@ -190,6 +194,8 @@ class Trainer:
         self.state.step += 1
         reach("step.after_update", step=self.state.step)
         self.totals.sums_K2 += step_sums_K2
+        self.totals.scheduled_K2 += share * step_sums_K2
+        self.totals.lens_share = share
         self.totals.tokens += batches.num_tokens
         self.totals.steps += 1
 
@@ -201,8 +207,7 @@ class Trainer:
         """
         if (step := self.guard.bad_step()) is None:
             return
-        sums = distributed.sum_over_ranks(self.totals.sums_K2).tolist()
-        losses = self.plan.objective.losses(sums, self.totals.tokens)
+        losses = self._mean_losses(self.totals)
         parts = ", ".join(f"{name}={value:.4g}" for name, value in losses.items())
         kept = self.folder.latest
         raise NumericsError(
@@ -224,8 +229,14 @@ class Trainer:
     # --- Numbers ---
 
     def _new_totals(self) -> Totals:
-        terms = 1 + len(self.plan.objective.pairs)
-        return Totals(torch.zeros(terms, 2, device=self.device), start=time.perf_counter())
+        sums_K2 = torch.zeros(self.plan.objective.num_sums, 2, device=self.device)
+        return Totals(sums_K2, sums_K2.clone(), start=time.perf_counter())
+
+    def _mean_losses(self, totals: Totals) -> dict[str, float]:
+        """Names the means over all processes."""
+        both = torch.stack([totals.sums_K2, totals.scheduled_K2]).double()
+        sums, scheduled = distributed.sum_over_ranks(both).tolist()
+        return self.plan.objective.losses(sums, totals.tokens, scheduled)
 
     @property
     def epochs_done(self) -> float:
@@ -241,9 +252,10 @@ class Trainer:
         """Writes the means since the last line, over all processes."""
         totals, self.totals = self.totals, self._new_totals()
         seconds = self.totals.start - totals.start
-        sums = distributed.sum_over_ranks(totals.sums_K2.double()).tolist()
-        losses = self.plan.objective.losses(sums, totals.tokens)
-        metrics = {f"train/{name}": value for name, value in losses.items()}
+        objective = self.plan.objective
+        metrics = {f"train/{name}": value for name, value in self._mean_losses(totals).items()}
+        if objective.lens_pairs and self.config.objective.lens.schedule != "constant":
+            metrics["train/lens_coeff"] = totals.lens_share * objective.lens_coeff
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         if (norm := self.engine.get_global_grad_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)

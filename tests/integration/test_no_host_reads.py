@@ -54,6 +54,7 @@ def test_the_watcher_sees_reads() -> None:
         (),
         ("--objective.kd_ratio", "0.5"),
         ("--objective.divergence", "akl"),
+        ("--objective.hidden.coeff", "1", "--objective.lens.schedule", "ramp"),
         ("--data.packing", "true"),
         ("--optim.micro_batch_size", "2", "--optim.accumulation", "3"),
     ],
