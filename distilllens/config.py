@@ -143,11 +143,35 @@ class LensConfig:
     """Number of pairs of the rule."""
     weights: list[float] | None = None
     """One weight for each pair, in order, scaled to a mean of 1; default: all equal."""
+    depth_weights: Literal["equal", "deeper", "shallower"] = "equal"
+    """deeper: pairs weigh by the student block's number; shallower: mirrored; mean 1. Not together
+    with weights."""
+    schedule: Literal["constant", "ramp", "decay"] = "constant"
+    """λ over the run; ramp: rises in a line from 0, then stays; decay: falls in a line to 0 at the
+    last step."""
+    schedule_share: float = 0.5
+    """Share of all steps in which λ rises or falls, in (0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenConfig:
+    """The distance between hidden states of the lens section's layer pairs: a baseline.
+
+    Student rows go through one trained matrix a pair, which is no part of the exported student.
+    The rows are those that the lens sees, so lens.norm says whether they are normed. Pairs weigh
+    equally.
+    """
+
+    coeff: float = 0.0
+    """Weight of the hidden-state term against the final divergence (≥ 0); 0: none. For kd and
+    distill_lens."""
+    loss: Literal["mse", "cosine"] = "mse"
+    """mse: mean squared difference over the teacher's width; cosine: 1 − cosine of both rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """loss = (1 − kd_ratio) · CE + kd_ratio · [final divergence + lens.coeff · lens]."""
+    """(1 − kd_ratio) · CE + kd_ratio · [final divergence + lens.coeff · lens + hidden states]."""
 
     approach: Literal["sft", "kd", "distill_lens"] = "distill_lens"
     """sft: cross entropy only; kd: with the final divergence; distill_lens: with the lens too."""
@@ -174,6 +198,8 @@ class ObjectiveConfig:
     """Mean over the response tokens of the whole global batch: all ranks, all micro-batches."""
     lens: LensConfig = field(default_factory=LensConfig)
     """The lens term."""
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
+    """The hidden-state term."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +392,7 @@ def train_problems(config: TrainConfig) -> list[str]:
     """Returns every value of a training configuration that is out of range or in conflict."""
     run, model, data = config.run, config.model, config.data
     objective, lens, optim = config.objective, config.objective.lens, config.optim
+    hidden = objective.hidden
     needs_teacher = objective.approach != "sft" and objective.kd_ratio > 0
     rules = {
         f"run.seed={run.seed} must be ≥ 0": run.seed >= 0,
@@ -398,6 +425,16 @@ def train_problems(config: TrainConfig) -> list[str]:
         "objective.lens.teacher_layers and student_layers must be given together": (
             (lens.teacher_layers is None) == (lens.student_layers is None)
         ),
+        f"objective.lens.schedule_share={lens.schedule_share} must be in (0, 1]": (
+            0 < lens.schedule_share <= 1
+        ),
+        "objective.lens.depth_weights and weights cannot both be given": (
+            lens.depth_weights == "equal" or lens.weights is None
+        ),
+        f"objective.hidden.coeff={hidden.coeff} must be ≥ 0": hidden.coeff >= 0,
+        f"objective.hidden.coeff={hidden.coeff} needs objective.approach=kd or distill_lens, and "
+        f"objective.kd_ratio > 0": not hidden.coeff > 0
+        or (objective.approach in ("kd", "distill_lens") and objective.kd_ratio > 0),
         f"optim.lr={optim.lr} must be > 0": optim.lr > 0,
         f"optim.lr_min={optim.lr_min} must be in [0, optim.lr={optim.lr}]": (
             0 <= optim.lr_min <= optim.lr

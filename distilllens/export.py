@@ -73,7 +73,8 @@ def gather_weights(engine: Any) -> dict[str, Any] | None:
     if not engine.zero_optimization_partition_weights():
         return None
     gathered = engine._zero3_consolidated_16bit_state_dict() or {}
-    return {name.removeprefix("student."): weight for name, weight in gathered.items()}
+    own = "student."  # what is trained along with the student, as projectors, stays behind
+    return {name.removeprefix(own): w for name, w in gathered.items() if name.startswith(own)}
 
 
 def write_model(

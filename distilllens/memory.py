@@ -29,7 +29,8 @@ def estimate_memory(plan: Plan, world_size: int) -> dict[str, float]:
     shards = {kind: world_size if stage >= level else 1 for kind, level in ZERO_LEVELS.items()}
     size = torch.finfo(plan.dtype).bits // 8
     student = count_parameters(plan.student_config)
-    trainable = _trainable(plan, student)
+    projectors = _projector_parameters(plan)
+    trainable = _trainable(plan, student) + projectors
     text = plan.student_config.get_text_config()
     master_bytes = 4 if stage > 0 or plan.dtype != torch.float32 else 0
     estimate = {
@@ -43,6 +44,8 @@ def estimate_memory(plan: Plan, world_size: int) -> dict[str, float]:
             + text.vocab_size * text.hidden_size
         ),
     }
+    if projectors:
+        estimate["projectors"] = projectors * size / shards["weights"]
     if plan.teacher_config is not None:
         teacher_size = torch.finfo(plan.teacher_dtype).bits // 8
         if plan.config.model.teacher_cache is None:
@@ -83,6 +86,14 @@ def _trainable(plan: Plan, student_parameters: int) -> int:
     text = plan.student_config.get_text_config()
     # Seven adapted matrices per block of about width × width, each with r · (in + out) parameters.
     return text.num_hidden_layers * 7 * lora.r * 2 * text.hidden_size
+
+
+def _projector_parameters(plan: Plan) -> int:
+    """Returns the number of weights that compare hidden states: one matrix a pair."""
+    if plan.teacher_config is None:
+        return 0
+    student, teacher = plan.student_config.get_text_config(), plan.teacher_config.get_text_config()
+    return len(plan.objective.hidden_pairs) * int(student.hidden_size * teacher.hidden_size)
 
 
 def _activation_bytes(plan: Plan, size: int) -> float:

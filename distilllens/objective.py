@@ -1,6 +1,7 @@
-"""The loss: cross entropy, final divergence and lens, as one weighted sum of fused terms.
+"""The loss: cross entropy, final divergence, lens and hidden states, as one weighted sum.
 
-loss = (1 − ρ) · CE + ρ · [ T² · D_final + λ · mean over K pairs of w_k · D_lens,k ]
+loss = (1 − ρ) · CE + ρ · [ T² · D_final + λ · mean over K pairs of w_k · D_lens,k
+                            + γ · mean over K pairs of D_hidden,k ]
 
 Every part is a sum over response tokens here; the trainer divides once, by the response tokens of
 the whole global batch.
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from distilllens.chunks import Term
-from distilllens.config import ObjectiveConfig
+from distilllens.config import LensConfig, ObjectiveConfig
 from distilllens.divergence import DivergenceOptions
 from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
@@ -28,7 +29,7 @@ class Rows(NamedTuple):
     final: Tensor
     """Of the last block, [N, D] or [N, E]."""
     layers: list[Tensor]
-    """Of the paired blocks in order, each [N, D] or [N, E]; empty without the lens."""
+    """Of the paired blocks in order, each [N, D] or [N, E]; empty where no pair is compared."""
 
 
 class DistillationObjective:
@@ -36,21 +37,27 @@ class DistillationObjective:
 
     Args:
         config: Approach, divergences and weights.
-        pairs: Layer pairs of the lens; empty for ``sft`` and ``kd``.
+        pairs: Layer pairs of the lens and of the hidden states; empty without both.
 
     Raises:
         ConfigError: ``lens.weights`` does not fit the pairs.
     """
 
     def __init__(self, config: ObjectiveConfig, pairs: Sequence[LayerPair] = ()) -> None:
-        lens, approach = config.lens, config.approach
+        lens, hidden, approach = config.lens, config.hidden, config.approach
         self.distill_ratio = 0.0 if approach == "sft" else config.kd_ratio
         uses_lens = approach == "distill_lens" and self.distill_ratio > 0 and lens.coeff > 0
-        self.pairs = tuple(pairs) if uses_lens else ()
+        uses_hidden = self.distill_ratio > 0 and hidden.coeff > 0
+        self.needs_pairs = uses_lens or uses_hidden
+        self.pairs = tuple(pairs) if self.needs_pairs else ()
+        self.lens_pairs = self.pairs if uses_lens else ()
+        self.hidden_pairs = self.pairs if uses_hidden else ()
         self.divergence = config.divergence
         self.lens_divergence = lens.divergence
         self.lens_coeff = lens.coeff if uses_lens else 0.0
-        self.pair_weights = _pair_weights(lens.weights, len(self.pairs))
+        self.pair_weights = _pair_weights(lens, self.lens_pairs)
+        self.hidden_loss = hidden.loss
+        self.hidden_coeff = hidden.coeff if uses_hidden else 0.0
         self.train_head = lens.train_head
         self.options = DivergenceOptions(
             beta=config.beta,
@@ -82,20 +89,36 @@ class DistillationObjective:
 
     @property
     def lens_weights(self) -> list[float]:
-        """Weight of each pair's sum."""
-        share = self.distill_ratio * self.lens_coeff / max(1, len(self.pairs))
+        """Weight of each pair's sum at the schedule's full height."""
+        share = self.distill_ratio * self.lens_coeff / max(1, len(self.lens_pairs))
         return [share * weight for weight in self.pair_weights]
 
+    @property
+    def hidden_weight(self) -> float:
+        """Weight of the hidden-state sum of each pair."""
+        return self.distill_ratio * self.hidden_coeff / max(1, len(self.hidden_pairs))
+
+    @property
+    def num_sums(self) -> int:
+        """Rows of the sums of a training step: final layer, lens pairs, hidden-state pairs."""
+        return 1 + len(self.lens_pairs) + len(self.hidden_pairs)
+
     def terms(
-        self, student: Rows, teacher: Rows | None, targets_N: Tensor, scale: float
+        self,
+        student: Rows,
+        teacher: Rows | None,
+        targets_N: Tensor,
+        scale: float,
+        lens_share: float = 1.0,
     ) -> list[Term]:
-        """Builds the fused terms: the final layer first, then the pairs.
+        """Builds the fused terms: the final layer first, then the pairs of the lens.
 
         Args:
             student: Rows of the student.
             teacher: Rows of the teacher; None: cross entropy only.
             targets_N: Token ids that the rows predict (int64).
             scale: Factor of the whole loss.
+            lens_share: Factor of the lens, see `schedule.lens_share`.
         """
         final = Term(
             student_hidden_ND=student.final,
@@ -106,7 +129,7 @@ class DistillationObjective:
             divergence_weight=scale * self.kd_weight,
             cross_entropy_weight=scale * (1 - self.distill_ratio),
         )
-        if teacher is None:
+        if teacher is None or not self.lens_pairs:
             return [final]
         lens = [
             Term(
@@ -114,7 +137,7 @@ class DistillationObjective:
                 teacher_hidden_NE=teacher_hidden_NE,
                 kind=self.lens_divergence,
                 options=self.lens_options,
-                divergence_weight=scale * weight,
+                divergence_weight=scale * lens_share * weight,
                 train_head=self.train_head,
             )
             for student_hidden_ND, teacher_hidden_NE, weight in zip(
@@ -123,12 +146,20 @@ class DistillationObjective:
         ]
         return [final, *lens]
 
-    def losses(self, sums_K2: Sequence[Sequence[float]], num_tokens: float) -> dict[str, float]:
-        """Names the means over tokens: ``loss``, its parts, and the lens by student layer.
+    def losses(
+        self,
+        sums_K2: Sequence[Sequence[float]],
+        num_tokens: float,
+        scheduled_K2: Sequence[Sequence[float]] | None = None,
+    ) -> dict[str, float]:
+        """Names the means over tokens: ``loss``, its parts, lens and hidden states by layer.
 
         Args:
-            sums_K2: Unweighted sums of cross entropy and divergence of each term in nats.
+            sums_K2: Unweighted sums of cross entropy and divergence of each term in nats; of each
+                hidden-state pair 0 and the distance.
             num_tokens: Response tokens in those sums.
+            scheduled_K2: The same sums with each step's ``lens_share`` as a factor, so that
+                ``loss`` is what those steps really trained; None: it was always 1.
         """
         tokens = max(num_tokens, 1)
         losses = {"loss": 0.0, "loss/ce": sums_K2[0][0] / tokens}
@@ -136,18 +167,38 @@ class DistillationObjective:
         if self.needs_teacher:
             losses["loss/kd"] = sums_K2[0][1] / tokens
             losses["loss"] += self.kd_weight * losses["loss/kd"]
-        if self.pairs:
-            values = [pair_sums[1] / tokens for pair_sums in sums_K2[1:]]
-            weighted = zip(self.pair_weights, values, strict=True)
-            losses["loss/lens"] = sum(w * v for w, v in weighted) / len(values)
-            losses["loss"] += self.distill_ratio * self.lens_coeff * losses["loss/lens"]
-            for pair, value in zip(self.pairs, values, strict=True):
+        if self.lens_pairs:
+            end = 1 + len(self.lens_pairs)
+            values = [pair_sums[1] / tokens for pair_sums in sums_K2[1:end]]
+            losses["loss/lens"] = self._lens_mean(values)
+            trained = losses["loss/lens"]
+            if scheduled_K2 is not None:
+                trained = self._lens_mean([sums[1] / tokens for sums in scheduled_K2[1:end]])
+            losses["loss"] += self.distill_ratio * self.lens_coeff * trained
+            for pair, value in zip(self.lens_pairs, values, strict=True):
                 losses[f"lens/{self.lens_divergence}/L{pair.student:02d}"] = value
+        if self.hidden_pairs:
+            hidden_sums = sums_K2[1 + len(self.lens_pairs) :]
+            values = [pair_sums[1] / tokens for pair_sums in hidden_sums]
+            losses["loss/hidden"] = sum(values) / len(values)
+            losses["loss"] += self.distill_ratio * self.hidden_coeff * losses["loss/hidden"]
+            for pair, value in zip(self.hidden_pairs, values, strict=True):
+                losses[f"hidden/{self.hidden_loss}/L{pair.student:02d}"] = value
         return losses
 
+    def _lens_mean(self, values: Sequence[float]) -> float:
+        """Returns the weighted mean over the pairs."""
+        return sum(w * v for w, v in zip(self.pair_weights, values, strict=True)) / len(values)
 
-def _pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Returns one weight per pair, scaled to a mean of 1."""
+
+def _pair_weights(lens: LensConfig, pairs: Sequence[LayerPair]) -> list[float]:
+    """Returns one weight per pair, scaled to a mean of 1: as listed, or by the student's depth."""
+    count, weights = len(pairs), lens.weights
+    depths = [float(pair.student) for pair in pairs]
+    if lens.depth_weights == "deeper" and pairs:
+        weights = depths
+    elif lens.depth_weights == "shallower" and pairs:  # the same span of weights, mirrored
+        weights = [min(depths) + max(depths) - depth for depth in depths]
     if weights is None or count == 0:
         return [1.0] * count
     if len(weights) != count:

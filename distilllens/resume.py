@@ -96,7 +96,8 @@ def check_same_config(state: Path, config: TrainConfig) -> str:
             processes.
     """
     saved = json.loads((state / STATE_FILE).read_text(encoding="utf-8"))["config"]
-    before, now = _course(saved), course_of(config)
+    # Options that are newer than the state had their defaults, as far as it is concerned.
+    before, now = course_of(TrainConfig()) | _course(saved), course_of(config)
     facts = read_manifest(state)
     if facts["world_size"] != distributed.world_size():
         _check_world_size(state, facts, config)

@@ -1,10 +1,10 @@
-"""The learning rate's course, as a pure function of the step."""
+"""The courses of the learning rate and of the lens's weight, as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
 
-from distilllens.config import OptimConfig
+from distilllens.config import LensConfig, OptimConfig
 
 
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
@@ -31,3 +31,17 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     else:
         remaining = 0.5 * (1 + math.cos(math.pi * progress))
     return optim.lr_min + (optim.lr - optim.lr_min) * remaining
+
+
+def lens_share(lens: LensConfig, step: int, total_steps: int) -> float:
+    """Returns λ of optimizer step ``step``, counted from 0, as a share of ``lens.coeff``.
+
+    With R = ``lens.schedule_share`` of all steps, rounded, at least 1: ``ramp`` is
+    min(1, step / R), so 0 at the first step and 1 from step R on. ``decay`` is the same read
+    backwards, min(1, (total_steps − 1 − step) / R): 1 until R steps before the last, which has 0.
+    """
+    if lens.schedule == "constant":
+        return 1.0
+    steps = max(1, round(lens.schedule_share * total_steps))
+    passed = step if lens.schedule == "ramp" else total_steps - 1 - step
+    return min(1.0, passed / steps)

@@ -18,6 +18,7 @@ from distilllens.config import TrainConfig
 from distilllens.data.tokenize import PreparedData, prepare_dataset
 from distilllens.errors import ConfigError, DataError
 from distilllens.families import compile_blocks, freeze_unreached_, no_decay_parameters
+from distilllens.hidden import HiddenComparison
 from distilllens.layers import LayerPair, build_layer_pairs
 from distilllens.lens import LogitLens
 from distilllens.models import (
@@ -87,13 +88,13 @@ def plan_run(config: TrainConfig) -> Plan:
 
     deepspeed_config, dtype = load_deepspeed_config(config)
     student_config = model_config(config.model.student)
-    needs_teacher = DistillationObjective(config.objective).needs_teacher
+    outline = DistillationObjective(config.objective)  # without pairs, which need the teacher
     teacher_config, pairs, notes = None, [], []
     vocab_size = vocab_rows(student_config)
-    if needs_teacher:
+    if outline.needs_teacher:
         assert config.model.teacher is not None
         teacher_config = model_config(config.model.teacher)
-        if config.objective.approach == "distill_lens" and config.objective.lens.coeff > 0:
+        if outline.needs_pairs:
             pairs = _layer_pairs(config, teacher_config, student_config)
     tokenizer = model_tokenizer(config.model.student)
     if teacher_config is not None:
@@ -302,7 +303,7 @@ def run_teacher(plan: Plan, data: PreparedData, device: torch.device) -> Teacher
 def build_module(
     plan: Plan, data: PreparedData, device: torch.device, teacher_unembedding: Unembedding | None
 ) -> DistillationModule:
-    """Loads the student, proves its lens, and joins student and objective.
+    """Loads the student, proves its lens, and joins student, objective and projectors.
 
     Args:
         plan: Of the run.
@@ -316,12 +317,23 @@ def build_module(
     student = load_student(plan.config.model, dtype=plan.dtype).to(device)
     lens = _checked_lens(student, plan, data)
     freeze_unreached_(student, lens.parts)
+    hidden = None
+    if plan.objective.hidden_pairs:
+        assert teacher_unembedding is not None
+        hidden = HiddenComparison(
+            len(plan.objective.hidden_pairs),
+            lens.parts.head.in_features,
+            teacher_unembedding.head_VD.shape[1],
+            loss=plan.objective.hidden_loss,
+            seed=plan.config.run.seed,
+        ).to(device, plan.dtype)
     return DistillationModule(
         student,
         objective=plan.objective,
         lens=lens,
         teacher_unembedding=teacher_unembedding,
         vocab_size=plan.vocab_size,
+        hidden=hidden,
     )
 
 

@@ -1,16 +1,18 @@
 """The two sides of a step: the student with its loss in one module, and the frozen teacher.
 
-Shapes: B batch, T tokens, N response rows, D student width, E teacher width, K terms.
+Shapes: B batch, T tokens, N response rows, D student width, E teacher width, K sums.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distilllens.chunks import Unembedding
 from distilllens.families import gather_rows, run_body
 from distilllens.fused import fused_linear_terms
+from distilllens.hidden import HiddenComparison
 from distilllens.lens import LogitLens
 from distilllens.objective import DistillationObjective, Rows
 
@@ -71,6 +73,8 @@ class DistillationModule(nn.Module):
         teacher_unembedding: The teacher's head; None without a teacher. It is no parameter of this
             module: the teacher is neither trained, sharded nor saved with the student.
         vocab_size: Tokens that both heads share.
+        hidden: Compares hidden states, with projectors that are trained along but are no part of
+            the student; None without that term.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class DistillationModule(nn.Module):
         lens: LogitLens,
         teacher_unembedding: Unembedding | None,
         vocab_size: int,
+        hidden: HiddenComparison | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -88,6 +93,7 @@ class DistillationModule(nn.Module):
         self.lens = lens
         self.teacher_unembedding = teacher_unembedding
         self.vocab_size = vocab_size
+        self.hidden = hidden
 
     def forward(
         self,
@@ -97,6 +103,7 @@ class DistillationModule(nn.Module):
         teacher: Rows | None = None,
         scale: float = 1.0,
         position_ids_BT: Tensor | None = None,
+        lens_share: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Computes the loss of one micro-batch.
 
@@ -107,16 +114,23 @@ class DistillationModule(nn.Module):
             teacher: The teacher's rows; None: cross entropy only (``sft``, and evaluation).
             scale: Factor of the loss.
             position_ids_BT: Of packed records (int64); None: one record a row.
+            lens_share: Factor of the lens in the loss.
 
         Returns:
             ``loss``, float32 scalar: scale × weighted sum over the rows; and ``sums_K2``, float32,
-            detached: sums of cross entropy and divergence of the final layer and of each pair.
+            detached: sums of cross entropy and divergence of the final layer and of each pair of
+            the lens, then 0 and the distance of each pair of hidden states.
         """
         layers = [] if teacher is None else [pair.student for pair in self.objective.pairs]
         student = lens_rows(self.lens, layers, input_ids_BT, rows_N, position_ids_BT)
-        return fused_linear_terms(
-            self.objective.terms(student, teacher, targets_N, scale),
+        loss, sums_K2 = fused_linear_terms(
+            self.objective.terms(student, teacher, targets_N, scale, lens_share),
             student=self.lens.unembedding(),
             teacher=None if teacher is None else self.teacher_unembedding,
             vocab_size=self.vocab_size,
         )
+        if teacher is None or self.hidden is None:
+            return loss, sums_K2
+        distances_k = self.hidden(student.layers, teacher.layers)
+        loss = loss + scale * self.objective.hidden_weight * distances_k.sum()
+        return loss, torch.cat([sums_K2, F.pad(distances_k.detach()[:, None], (1, 0))])

@@ -1,6 +1,6 @@
 """The training loop. Setup lives in `setup`, the mathematics in `student`, files in `checkpoint`.
 
-Shapes: B batch, T tokens, N response rows, K terms of the objective.
+Shapes: B batch, T tokens, N response rows, K sums of the objective.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from distilllens.loader import StepBatches, StepLoader
 from distilllens.numerics_guard import NumericsGuard, WatchedStep
 from distilllens.resume import check_same_facts
 from distilllens.runs import RunFolder, newest_state, write_json, write_status
-from distilllens.schedule import learning_rate
+from distilllens.schedule import learning_rate, lens_share
 from distilllens.setup import Plan, StepCount, build_optimizer
 from distilllens.signals import Request, Stopped, StopRequest
 from distilllens.student import DistillationModule, Teacher
@@ -53,6 +53,10 @@ class Totals:
     """What has been added up since the last line of metrics; stays on the device."""
 
     sums_K2: Tensor
+    scheduled_K2: Tensor
+    """The same with each step's share of the lens as a factor."""
+    lens_share: float = 1.0
+    """Of the last step."""
     tokens: int = 0
     steps: int = 0
     data_s: float = 0.0
@@ -63,6 +67,7 @@ class Totals:
         seconds = [time.perf_counter() - self.start, self.data_s]
         return {
             "sums_K2": self.sums_K2.cpu(),
+            "scheduled_K2": self.scheduled_K2.cpu(),
             "counts": torch.tensor([self.tokens, self.steps]),
             "seconds": torch.tensor(seconds, dtype=torch.float64),
         }
@@ -70,6 +75,7 @@ class Totals:
     def add(self, saved: dict[str, Tensor]) -> None:
         """Goes on from what one process saved."""
         self.sums_K2 += saved["sums_K2"].to(self.sums_K2.device)
+        self.scheduled_K2 += saved["scheduled_K2"].to(self.sums_K2.device)
         self.tokens, self.steps = (int(count) for count in saved["counts"])
         seconds, self.data_s = saved["seconds"].tolist()
         self.start = time.perf_counter() - seconds
@@ -187,15 +193,15 @@ class Trainer:
         # DeepSpeed averages over processes and micro-batches; this factor turns that mean of sums
         # into the sum over all of them, divided by all their tokens.
         scale = self.world_size * count / max(batches.num_tokens, 1)
+        share = lens_share(self.config.objective.lens, self.state.step, self.steps.total_steps)
         step_sums_K2 = torch.zeros_like(self.totals.sums_K2)
         for number, micro_batch in enumerate(batches.micro_batches, start=1):
             batch, teacher_rows = micro_batch.to(self.device)
             positions_BT = batch.packed_positions_BT
             if isinstance(self.teacher, Teacher):
                 teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N, positions_BT)
-            loss, sums_K2 = self.engine(
-                batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows, scale, positions_BT
-            )
+            inputs = (batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows)
+            loss, sums_K2 = self.engine(*inputs, scale, positions_BT, share)
             if reach("step.loss", step=self.state.step + 1):
                 loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
             if reach("step.gradient", step=self.state.step + 1):
@@ -210,6 +216,8 @@ class Trainer:
         self.state.step += 1
         reach("step.after_update", step=self.state.step)
         self.totals.sums_K2 += step_sums_K2
+        self.totals.scheduled_K2 += share * step_sums_K2
+        self.totals.lens_share = share
         self.totals.tokens += batches.num_tokens
         self.totals.steps += 1
 
@@ -233,8 +241,8 @@ class Trainer:
         """
         if (bad := self.guard.bad_step()) is None:
             return
-        sums = distributed.sum_over_ranks(bad.sums_K2.double()).tolist()
-        losses = self.plan.objective.losses(sums, bad.num_tokens)
+        share = lens_share(self.config.objective.lens, bad.step - 1, self.steps.total_steps)
+        losses = self._mean_losses(bad.sums_K2, share * bad.sums_K2, bad.num_tokens)
         reports = [report for report in together(lambda: self._report(bad)) if report is not None]
         is_loss = not all(map(math.isfinite, losses.values()))
         parts = ", ".join(f"{name}={value:.4g}" for name, value in losses.items())
@@ -290,8 +298,16 @@ class Trainer:
     # --- Numbers ---
 
     def _new_totals(self) -> Totals:
-        terms = 1 + len(self.plan.objective.pairs)
-        return Totals(torch.zeros(terms, 2, device=self.device), start=time.perf_counter())
+        sums_K2 = torch.zeros(self.plan.objective.num_sums, 2, device=self.device)
+        return Totals(sums_K2, sums_K2.clone(), start=time.perf_counter())
+
+    def _mean_losses(
+        self, sums_K2: Tensor, scheduled_K2: Tensor, num_tokens: int
+    ) -> dict[str, float]:
+        """Names the means over all processes."""
+        both = torch.stack([sums_K2, scheduled_K2]).double()
+        sums, scheduled = distributed.sum_over_ranks(both).tolist()
+        return self.plan.objective.losses(sums, num_tokens, scheduled)
 
     @property
     def epochs_done(self) -> float:
@@ -307,9 +323,11 @@ class Trainer:
         """Writes the means since the last line, over all processes."""
         totals, self.totals = self.totals, self._new_totals()
         seconds = self.totals.start - totals.start
-        sums = distributed.sum_over_ranks(totals.sums_K2.double()).tolist()
-        losses = self.plan.objective.losses(sums, totals.tokens)
+        objective = self.plan.objective
+        losses = self._mean_losses(totals.sums_K2, totals.scheduled_K2, totals.tokens)
         metrics = {f"train/{name}": value for name, value in losses.items()}
+        if objective.lens_pairs and self.config.objective.lens.schedule != "constant":
+            metrics["train/lens_coeff"] = totals.lens_share * objective.lens_coeff
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         if (norm := self.engine.get_global_grad_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)

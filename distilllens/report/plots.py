@@ -81,6 +81,12 @@ CURVES = (
         caption="Mean over the paired layers.",
     ),
     Curve(
+        key="train/loss/hidden",
+        title="Hidden-state distance",
+        unit="distance per response token",
+        caption="Mean over the paired layers: mean squared difference, or 1 − cosine.",
+    ),
+    Curve(
         key="eval/dev/rougeL",
         title="Dev Rouge-L",
         unit="Rouge-L F1 × 100",

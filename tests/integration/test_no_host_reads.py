@@ -55,6 +55,7 @@ def test_the_watcher_sees_reads() -> None:
         ("--objective.kd_ratio", "0.5"),
         ("--objective.divergence", "akl"),
         ("--objective.top_k", "8", "--objective.lens.top_k", "2"),
+        ("--objective.hidden.coeff", "1", "--objective.lens.schedule", "ramp"),
         ("--data.packing", "true"),
         ("--optim.micro_batch_size", "2", "--optim.accumulation", "3"),
     ],

@@ -21,11 +21,13 @@ from distilllens.trainer import Trainer
 
 
 def full_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Returns the student's whole gradients in float32; all processes must call it."""
+    """Returns all whole gradients in float32, the student's by its own names; all processes must
+    call it."""
     from deepspeed.utils import safe_get_full_grad
 
     gradients = {}
-    for name, parameter in trainer.module.student.named_parameters():
+    for full_name, parameter in trainer.module.named_parameters():
+        name = full_name.removeprefix("student.")
         whole = trainer.plan.zero_stage == 0
         gradient = parameter.grad if whole else safe_get_full_grad(parameter)
         assert gradient is not None, name

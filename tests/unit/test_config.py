@@ -180,6 +180,21 @@ def test_broken_command_lines(flags: tuple[str, ...]) -> None:
         ("--objective.lens.beta 0", "objective.lens.beta=0.0 must be in (0, 1)"),
         ("--objective.lens.count 0", "objective.lens.count=0 must be ≥ 1"),
         ("--objective.lens.teacher_layers [1]", "must be given together"),
+        ("--objective.lens.schedule_share 0", "lens.schedule_share=0.0 must be in (0, 1]"),
+        ("--objective.lens.schedule_share 1.1", "lens.schedule_share=1.1 must be in (0, 1]"),
+        (
+            "--objective.lens.depth_weights deeper --objective.lens.weights [1,2]",
+            "objective.lens.depth_weights and weights cannot both be given",
+        ),
+        ("--objective.hidden.coeff -1", "objective.hidden.coeff=-1.0 must be ≥ 0"),
+        (
+            "--objective.hidden.coeff 1 --objective.approach sft",
+            "objective.hidden.coeff=1.0 needs objective.approach=kd or distill_lens",
+        ),
+        (
+            "--objective.hidden.coeff 1 --objective.kd_ratio 0",
+            "objective.hidden.coeff=1.0 needs objective.approach=kd or distill_lens, and",
+        ),
         ("--optim.lr 0", "optim.lr=0.0 must be > 0"),
         ("--optim.lr_min 1", "optim.lr_min=1.0 must be in [0, optim.lr=0.0002]"),
         ("--optim.warmup -1", "optim.warmup=-1.0 must be ≥ 0"),

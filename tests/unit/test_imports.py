@@ -19,7 +19,7 @@ FLOORS = """
     lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
-    objective student teacher_cache setup memory cache_teacher loader numerics_guard
+    hidden objective student teacher_cache setup memory cache_teacher loader numerics_guard
     evaluation report tracking export resume checkpoint trainer session doctor
     __main__
 """.split()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilllens.config import LensConfig, ObjectiveConfig
+from distilllens.config import HiddenConfig, LensConfig, ObjectiveConfig
 from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
 from distilllens.objective import DistillationObjective, Rows
@@ -157,3 +157,98 @@ def test_refused_weights(weights: list[float], told: str) -> None:
 
 def test_a_pair_may_weigh_nothing() -> None:
     assert objective({"weights": [0.0, 2.0]}).lens_weights == [0.0, 1.0]
+
+
+# --- Weights by depth and by step ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("order", "layers", "expected"),
+    [
+        ("deeper", [2, 4, 6], [0.5, 1.0, 1.5]),
+        ("shallower", [2, 4, 6], [1.5, 1.0, 0.5]),
+        ("deeper", [1, 2, 9], [3 / 12, 6 / 12, 27 / 12]),
+        ("shallower", [1, 2, 9], [27 / 18, 24 / 18, 3 / 18]),  # 10 − l: 9, 8, 1 of 18
+        ("deeper", [5], [1.0]),
+        ("shallower", [5], [1.0]),
+        ("equal", [2, 4, 6], [1.0, 1.0, 1.0]),
+    ],
+)
+def test_weights_by_depth(order: str, layers: list[int], expected: list[float]) -> None:
+    config = ObjectiveConfig(lens=LensConfig(depth_weights=order, coeff=3.0))  # type: ignore[arg-type]
+    built = DistillationObjective(config, [LayerPair(2 * n, n) for n in layers])
+    assert built.lens_weights == pytest.approx([3 * w / len(layers) for w in expected])
+
+
+def test_the_share_of_a_step_weighs_the_lens_alone() -> None:
+    lens = objective({"coeff": 0.5}, kd_ratio=0.3)
+    whole = lens.terms(rows(4), rows(6), TARGETS, scale=10.0)
+    part = lens.terms(rows(4), rows(6), TARGETS, scale=10.0, lens_share=0.25)
+    for before, after, factor in zip(whole, part, (1, 0.25, 0.25), strict=True):
+        assert after.divergence_weight == pytest.approx(factor * before.divergence_weight)
+        assert after.cross_entropy_weight == before.cross_entropy_weight
+
+
+def test_the_loss_of_steps_with_different_shares() -> None:
+    """Two steps with λ = 0.5 · 0.2 and 0.5 · 0.8; the parts are means over both all the same."""
+    lens = objective({"coeff": 0.5, "weights": [1.0, 3.0]}, kd_ratio=0.3)
+    steps = [
+        (0.2, [[20.0, 8.0], [0.0, 4.0], [0.0, 12.0]]),
+        (0.8, [[10.0, 6.0], [0.0, 2.0], [0.0, 6.0]]),
+    ]
+    sums = [[30.0, 14.0], [0.0, 6.0], [0.0, 18.0]]
+    scheduled = [
+        [sum(share * values[k][n] for share, values in steps) for n in (0, 1)] for k in range(3)
+    ]
+    losses = lens.losses(sums, 4, scheduled)
+    first = 0.7 * 20 + 0.3 * (8 + 0.1 * (0.5 * 4 + 1.5 * 12) / 2)
+    second = 0.7 * 10 + 0.3 * (6 + 0.4 * (0.5 * 2 + 1.5 * 6) / 2)
+    assert losses["loss"] == pytest.approx((first + second) / 4)
+    assert losses["loss/lens"] == pytest.approx((0.5 * 6 + 1.5 * 18) / 2 / 4)
+
+
+# --- Hidden states ------------------------------------------------------------------------------
+
+
+def test_hidden_states_beside_the_lens() -> None:
+    hidden = HiddenConfig(coeff=3.0, loss="cosine")
+    both = objective({"coeff": 0.5, "weights": [1.0, 3.0]}, kd_ratio=0.3, hidden=hidden)
+    assert both.pairs == both.lens_pairs == both.hidden_pairs == tuple(PAIRS)
+    assert both.num_sums == 5 and both.hidden_weight == pytest.approx(0.3 * 3 / 2)
+    assert len(both.terms(rows(4), rows(6), TARGETS, scale=1.0)) == 3
+    sums = [[20.0, 8.0], [0.0, 4.0], [0.0, 12.0], [0.0, 2.0], [0.0, 10.0]]
+    losses = both.losses(sums, 4)
+    assert losses == pytest.approx(
+        {
+            "loss/ce": 5.0,
+            "loss/kd": 2.0,
+            "lens/jsd/L01": 1.0,
+            "lens/jsd/L12": 3.0,
+            "loss/lens": 2.5,
+            "hidden/cosine/L01": 0.5,
+            "hidden/cosine/L12": 2.5,
+            "loss/hidden": 1.5,
+            "loss": 0.7 * 5 + 0.3 * (2 + 0.5 * 2.5 + 3 * 1.5),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("approach", "lens"), [("kd", {"weights": [1.0]}), ("distill_lens", {"coeff": 0.0})]
+)
+def test_hidden_states_without_the_lens(approach: str, lens: dict[str, Any]) -> None:
+    alone = objective(lens, approach=approach, kd_ratio=0.5, hidden=HiddenConfig(coeff=2.0))
+    assert alone.pairs == alone.hidden_pairs == tuple(PAIRS) and alone.lens_pairs == ()
+    assert alone.needs_pairs and alone.num_sums == 3
+    assert len(alone.terms(rows(4), rows(6), TARGETS, scale=1.0)) == 1
+    losses = alone.losses([[4.0, 8.0], [0.0, 12.0], [0.0, 4.0]], 4)
+    assert losses == pytest.approx(
+        {
+            "loss/ce": 1.0,
+            "loss/kd": 2.0,
+            "hidden/mse/L01": 3.0,
+            "hidden/mse/L12": 1.0,
+            "loss/hidden": 2.0,
+            "loss": 0.5 * 1 + 0.5 * (2 + 2 * 2),
+        }
+    )

@@ -1,4 +1,4 @@
-"""The learning rate at chosen steps, in closed form."""
+"""The learning rate and the lens's share at chosen steps, in closed form."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilllens.config import OptimConfig
-from distilllens.schedule import learning_rate, warmup_steps
+from distilllens.config import LensConfig, OptimConfig
+from distilllens.schedule import learning_rate, lens_share, warmup_steps
 
 COSINE = OptimConfig(lr=1.0, lr_min=0.2, schedule="cosine")
 LINEAR = OptimConfig(lr=1.0, lr_min=0.2, schedule="linear")
@@ -76,3 +76,36 @@ def test_never_above_the_peak_and_never_back_up(total: int, warmup: float, sched
     course = [rate for step, rate in rates.items() if step >= first]
     assert all(after <= before for before, after in itertools.pairwise(course))
     assert all(rate >= 1e-6 for rate in course)
+
+
+# --- The lens -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share", "expected"),
+    [
+        ("constant", 0.5, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("ramp", 0.5, [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1]),
+        ("decay", 0.5, [1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4, 0]),
+        ("ramp", 1.0, [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8]),
+        ("decay", 1.0, [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]),
+        ("ramp", 0.01, [0, 1, 1, 1, 1, 1, 1, 1]),
+        ("decay", 0.01, [1, 1, 1, 1, 1, 1, 1, 0]),
+    ],
+)
+def test_course_of_the_lens(schedule: str, share: float, expected: list[float]) -> None:
+    lens = LensConfig(schedule=schedule, schedule_share=share, coeff=7.0)  # type: ignore[arg-type]
+    assert [lens_share(lens, step, 8) for step in range(8)] == pytest.approx(expected)
+
+
+@given(total=st.integers(1, 5000), share=st.floats(1e-4, 1))
+def test_the_lens_rises_and_falls_in_lines(total: int, share: float) -> None:
+    ramp = LensConfig(schedule="ramp", schedule_share=share)
+    decay = LensConfig(schedule="decay", schedule_share=share)
+    rising = [lens_share(ramp, step, total) for step in range(total)]
+    assert rising[0] == 0.0 and all(0 <= value <= 1 for value in rising)
+    climbs = [after - before for before, after in itertools.pairwise(rising)]
+    whole = [climb for climb in climbs if climb > 1e-9][:-1]  # the last one may be cut off at 1
+    assert all(climb == pytest.approx(climbs[0], rel=1e-6) for climb in whole)
+    assert rising.count(1.0) == pytest.approx(max(0, total - share * total), abs=1)
+    assert [lens_share(decay, step, total) for step in range(total)] == rising[::-1]
