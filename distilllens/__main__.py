@@ -23,6 +23,7 @@ COMMANDS = {
     ),
     "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
     "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
+    "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 

@@ -174,8 +174,8 @@ def _known_keys(parser: ArgumentParser) -> set[str]:
     return keys
 
 
-def _did_you_mean(key: str, known: set[str]) -> str:
-    """Returns the nearest known key: first by its last part, then as a whole."""
+def did_you_mean(key: str, known: set[str]) -> str:
+    """Returns a hint at the nearest known key: first as a whole, then by its last part."""
     last_parts = {k.rsplit(".", 1)[-1]: k for k in sorted(known, reverse=True)}
     whole = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     last = difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1, cutoff=0.75)
@@ -207,18 +207,12 @@ def _yaml_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     problems = []
     for path in _config_paths(argv):
         try:
-            content = load_plain_yaml(_read_layer(path))
+            content = read_mapping(path)
         except ConfigError as error:
             problems.append(error.what)
             continue
-        except yaml.YAMLError as error:
-            problems.append(_yaml_problem(path, error))
-            continue
-        if not isinstance(content, Mapping):
-            problems.append(f"{path}: expected a mapping of sections, got {content!r:.60}")
-            continue
         problems += [
-            f"{path}: unknown key {key}{_did_you_mean(key, known)}"
+            f"{path}: unknown key {key}{did_you_mean(key, known)}"
             for key in _flatten(content)
             if key not in known
         ]
@@ -228,6 +222,21 @@ def _yaml_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
             if section in sections and not (value is None and section in optional)
         ]
     return problems
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """Returns the mapping that a YAML file holds, read by `PlainLoader`.
+
+    Raises:
+        ConfigError: It is not there, not readable, not YAML, more than plain YAML, or no mapping.
+    """
+    try:
+        content = load_plain_yaml(_read_layer(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(path, error)) from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {content!r:.60}")
+    return content
 
 
 def _read_layer(path: Path) -> str:
@@ -287,7 +296,7 @@ def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
             continue
         key = argument[2:].split("=", 1)[0].removesuffix("+")
         if key not in known | extra and not key.endswith(".help"):
-            problems.append(f"unknown flag --{key}{_did_you_mean(key, known)}")
+            problems.append(f"unknown flag --{key}{did_you_mean(key, known)}")
     return problems
 
 

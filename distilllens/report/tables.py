@@ -11,8 +11,9 @@ import csv
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from rich.table import Table
@@ -169,12 +170,57 @@ def _summarise(values: Sequence[float]) -> Summary | None:
     return Summary(values=tuple(values)) if values else None
 
 
-def to_markdown(table: ScoreTable) -> str:
-    """Returns the table as a GitHub Markdown table, numbers right-aligned."""
+class TextTable(Protocol):
+    """What can be written as Markdown, LaTeX and on a screen."""
+
+    def header(self) -> list[str]:
+        """Returns the column titles."""
+        ...
+
+    def lines(self) -> list[list[str]]:
+        """Returns the formatted cells, a list per row, as long as the header."""
+        ...
+
+
+def to_markdown(table: TextTable, *, bold: Collection[tuple[int, int]] = ()) -> str:
+    """Returns the table as a GitHub Markdown table, numbers right-aligned.
+
+    Args:
+        table: Header and lines.
+        bold: Cells (line, column) that stand out, counted from 0 below the header.
+    """
     header = table.header()
-    lines = [header, ["---", *(["---:"] * (len(header) - 1))], *table.lines()]
+    body = [
+        [f"**{cell}**" if (row, column) in bold else cell for column, cell in enumerate(line)]
+        for row, line in enumerate(table.lines())
+    ]
+    lines = [header, ["---", *(["---:"] * (len(header) - 1))], *body]
     escaped = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
     return "\n".join(f"| {line} |" for line in escaped) + "\n"
+
+
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", "Δ": r"$\Delta$", "†": r"$^\dagger$", "–": "--", "−": "$-$", "→": r"$\to$"}
+)
+"""How characters are written that LaTeX takes for commands, or that its fonts lack."""
+
+
+def to_latex(table: TextTable, *, bold: Collection[tuple[int, int]] = ()) -> str:
+    """Returns the table as a LaTeX tabular (package booktabs), numbers right-aligned.
+
+    Args:
+        table: Header and lines.
+        bold: Cells (line, column) that stand out, counted from 0 below the header.
+    """
+    header = [cell.translate(LATEX) for cell in table.header()]
+    body = [[cell.translate(LATEX) for cell in line] for line in table.lines()]
+    for row, column in bold:
+        body[row][column] = rf"\textbf{{{body[row][column]}}}"
+    rows = [" & ".join(line) + r" \\" for line in (header, *body)]
+    top = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", rows[0], r"\midrule"]
+    return "\n".join([*top, *rows[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def to_csv(tables: Sequence[ScoreTable]) -> str:
@@ -199,9 +245,14 @@ def to_csv(tables: Sequence[ScoreTable]) -> str:
 
 def to_rich(table: ScoreTable) -> Table:
     """Returns the table for a terminal."""
-    rich_table = Table(title=f"{table.title}: mean ± sd over n seeds", title_justify="left")
-    for position, title in enumerate(table.header()):
-        rich_table.add_column(title, justify="right" if position else "left", overflow="fold")
+    return rich_table(table, title=f"{table.title}: mean ± sd over n seeds")
+
+
+def rich_table(table: TextTable, *, title: str) -> Table:
+    """Returns any such table for a terminal."""
+    shown = Table(title=title, title_justify="left")
+    for position, name in enumerate(table.header()):
+        shown.add_column(name, justify="right" if position else "left", overflow="fold")
     for line in table.lines():
-        rich_table.add_row(*line)
-    return rich_table
+        shown.add_row(*line)
+    return shown

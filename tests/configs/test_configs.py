@@ -11,6 +11,13 @@ import yaml
 
 from distilllens.config import load_config, load_evaluate_config
 from distilllens.errors import ConfigError
+from distilllens.sweep.cells import (
+    build_cells,
+    evaluate_config,
+    refused_options,
+    unequal_options,
+)
+from distilllens.sweep.spec import read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -74,8 +81,32 @@ def test_no_bf16_without_zero() -> None:
     assert not (CONFIGS / "deepspeed" / "zero0_bf16.json").exists()
 
 
+@pytest.mark.parametrize("name", names("sweeps"))
+def test_sweep_is_valid_and_its_budget_is_equal_or_said_not_to_be(name: str) -> None:
+    sweep = read_sweep(Path(f"configs/sweeps/{name}.yaml"))
+    cells = build_cells(sweep)
+    assert len(cells) == len(sweep.methods) * len(sweep.seeds)
+    assert refused_options(sweep, cells) == {}
+    differing = unequal_options({cell.method: cell.config for cell in cells})
+    assert sorted(differing) == sorted(sweep.allow_unequal)
+    assert sweep.evaluation is not None and evaluate_config(sweep, cells[0]).sets
+    # Every method differs from the others in its objective.
+    objectives = {cell.method: repr(cell.config.objective) for cell in cells}
+    assert len(set(objectives.values())) == len(sweep.methods)
+
+
+def test_the_papers_sweep_has_the_papers_values() -> None:
+    cells = build_cells(read_sweep(Path("configs/sweeps/paper-gpt2-base.yaml")))
+    for cell in cells:
+        objective = cell.config.objective.approach
+        layers = ("base", "models/gpt2-base", f"objectives/{objective}")
+        paper = load_config(flags(*layers, f"paper/gpt2-base-{objective}"))
+        assert cell.config.optim == paper.optim
+        assert cell.config.objective.kd_ratio == paper.objective.kd_ratio
+
+
 def test_every_file_is_covered_by_a_test() -> None:
-    tested = {"models", "objectives", "quickstart", "eval", "deepspeed", "paper"}
+    tested = {"models", "objectives", "quickstart", "eval", "deepspeed", "paper", "sweeps"}
     assert {path.name for path in CONFIGS.iterdir()} == tested | {"base.yaml"}
 
 

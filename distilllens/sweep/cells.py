@@ -1,0 +1,262 @@
+"""The trainings of a sweep: their folders, command lines and configurations, checked as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from distilllens.config import EvaluateConfig, TrainConfig, load_config, load_evaluate_config
+from distilllens.errors import ConfigError
+from distilllens.parsing import did_you_mean, raise_problems
+from distilllens.runs import RunFolder, is_finished, newest_state, redact
+from distilllens.sweep.spec import Layers, Sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Where train.py and evaluate.py are."""
+BUDGET = ("data.", "optim.", "eval.", "model.student", "model.dtype", "deepspeed")
+"""What the options begin with that decide what a training may use, and where it starts."""
+WATCHING = ("run.", "tracking.", "dry_run", "debug", "model.teacher_cache")
+"""Of options that do not change the course of a training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training: a method, a learning rate of the grid, a seed."""
+
+    method: str
+    lr: float | None
+    """Of the grid; None without one."""
+    seed: int
+    folder: RunFolder
+    evaluation: Path
+    """Where the scores of its best/ go."""
+    arguments: tuple[str, ...]
+    """Of train.py."""
+    config: TrainConfig
+    """What they resolve to."""
+
+    @property
+    def label(self) -> str:
+        """What the screen calls it."""
+        return f"{self.method}{'' if self.lr is None else f' lr {self.lr:g}'} seed {self.seed}"
+
+
+def cell_path(method: str, lr: float | None, seed: int) -> Path:
+    """Returns the path of a cell below the sweep's folder or its eval/: METHOD[/lrX]/seedN."""
+    return Path(method) / ("" if lr is None else f"lr{lr!r}") / f"seed{seed}"
+
+
+def build_cells(sweep: Sweep, extra: Sequence[str] = ()) -> list[Cell]:
+    """Returns all trainings in the order in which they run: seed by seed, so that a sweep that is
+    stopped early has compared all methods on the first seeds.
+
+    Args:
+        sweep: Their common and own layers.
+        extra: Flags for every training, after all others.
+
+    Raises:
+        ConfigError: A configuration is not valid; the mistakes of all methods at once.
+    """
+    problems: dict[str, list[str]] = {}
+    loaded: dict[tuple[str, float | None], tuple[Layers, TrainConfig]] = {}
+    for method, own in sweep.methods.items():
+        for lr in sweep.lr or (None,):
+            layers = sweep.training.then(own)
+            if lr is not None:
+                layers = layers.then(Layers(flags={"optim.lr": lr}))
+            try:
+                config = load_config([*layers.arguments(), *extra])
+            except ConfigError as error:
+                methods = problems.setdefault(error.what, [])
+                methods += [method] if method not in methods else []
+            else:
+                loaded[method, lr] = layers, config
+    raise_problems([f"{', '.join(methods)}: {what}" for what, methods in problems.items()])
+    return [
+        _build_cell(sweep, method, lr, seed, layers, config, extra)
+        for seed in sweep.seeds
+        for (method, lr), (layers, config) in loaded.items()
+    ]
+
+
+def _build_cell(
+    sweep: Sweep,
+    method: str,
+    lr: float | None,
+    seed: int,
+    layers: Layers,
+    config: TrainConfig,
+    extra: Sequence[str],
+) -> Cell:
+    folder = sweep.output_dir / cell_path(method, lr, seed)
+    own = {"run.seed": seed, "run.name": method, "run.output_dir": str(folder)}
+    run = dataclasses.replace(config.run, seed=seed, name=method, output_dir=str(folder))
+    return Cell(
+        method=method,
+        lr=lr,
+        seed=seed,
+        folder=RunFolder(folder),
+        evaluation=sweep.output_dir / "eval" / cell_path(method, lr, seed),
+        arguments=(*layers.then(Layers(flags=own)).arguments(), *extra),
+        config=dataclasses.replace(config, run=run),
+    )
+
+
+def train_command(sweep: Sweep, cell: Cell) -> list[str]:
+    """Returns the command that trains a cell."""
+    return [*_start(sweep, "train.py"), *cell.arguments]
+
+
+def evaluate_command(sweep: Sweep, cell: Cell) -> list[str]:
+    """Returns the command that scores a cell's best model; the sweep must have an evaluation."""
+    return [*_start(sweep, "evaluate.py"), *_evaluation(sweep, cell).arguments()]
+
+
+def evaluate_config(sweep: Sweep, cell: Cell) -> EvaluateConfig:
+    """Returns what that command resolves to.
+
+    Raises:
+        ConfigError: A configuration that is not valid.
+    """
+    return load_evaluate_config(_evaluation(sweep, cell).arguments())
+
+
+def _evaluation(sweep: Sweep, cell: Cell) -> Layers:
+    assert sweep.evaluation is not None
+    own = {"checkpoint": str(cell.folder.best), "output_dir": str(cell.evaluation)}
+    return sweep.evaluation.then(Layers(flags={**own, "name": cell.method}))
+
+
+def _start(sweep: Sweep, script: str) -> list[str]:
+    path = ROOT / script
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file", fix="run the sweep from a checkout of the project"
+        )
+    start = [sys.executable]
+    if sweep.processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc_per_node", str(sweep.processes)]
+    return [*start, script if Path.cwd() == ROOT else str(path)]
+
+
+# --- The budget ---------------------------------------------------------------------------------
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Returns every option by its dotted key, as a run's config.yaml tells it."""
+    return _flatten(dataclasses.asdict(config), "")
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = redact(value) if isinstance(value, str) else value
+    return flat
+
+
+def unequal_options(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Any]]:
+    """Returns the options of the budget in which methods differ: option → method → value."""
+    flat = {method: flatten(config) for method, config in configs.items()}
+    keys = dict.fromkeys(key for options in flat.values() for key in options)
+    values = {
+        key: {method: options.get(key) for method, options in flat.items()}
+        for key in keys
+        if key.startswith(BUDGET)
+    }
+    return {
+        key: by_method
+        for key, by_method in values.items()
+        if len({repr(value) for value in by_method.values()}) > 1
+    }
+
+
+def refused_options(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Returns the differences that the sweep file does not allow.
+
+    Raises:
+        ConfigError: It allows an option that is none of the budget.
+    """
+    # The grid and the seeds are the same for all methods: one cell of each tells all.
+    first = {cell.method: cell.config for cell in reversed(cells)}
+    options = {key for config in first.values() for key in flatten(config)}
+    known = {key for key in options if key.startswith(BUDGET)}
+    raise_problems(
+        [
+            f"{sweep.file}: allow_unequal: {key} is no option of the budget"
+            f"{did_you_mean(key, known)}"
+            for key in sweep.allow_unequal
+            if key not in known
+        ]
+    )
+    differing = unequal_options({method: first[method] for method in sweep.methods})
+    return {key: value for key, value in differing.items() if key not in sweep.allow_unequal}
+
+
+def differences_table(differing: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns a table of options, their values, and who has which."""
+    table = Table(title="Not the same budget", title_justify="left")
+    for title in ("option", "value", "methods"):
+        table.add_column(title, overflow="fold")
+    for key, by_method in differing.items():
+        for value in dict.fromkeys(map(repr, by_method.values())):
+            owners = [method for method, own in by_method.items() if repr(own) == value]
+            table.add_row(key, value, ", ".join(owners))
+    return table
+
+
+def unequal_budget(differing: Mapping[str, object]) -> ConfigError:
+    """Returns the refusal of a comparison that would not be like for like."""
+    keys = ", ".join(differing)
+    return ConfigError(
+        f"the methods do not train on an equal budget: {keys}",
+        fix=f"give them the same values, or say so in the sweep file: allow_unequal: [{keys}]",
+        kept="nothing was started",
+    )
+
+
+# --- What stands there already ------------------------------------------------------------------
+
+
+def check_stored(cells: Sequence[Cell]) -> None:
+    """Refuses to go on where trainings stand that are not those of this sweep.
+
+    A cell that has saved nothing yet is no loss: train.py starts it anew.
+
+    Raises:
+        ConfigError: Lists each of them, with the options that differ.
+    """
+    problems = []
+    for cell in cells:
+        if not is_finished(cell.folder) and newest_state(cell.folder) is None:
+            continue
+        try:
+            stored = flatten(load_config(["--config", str(cell.folder.config)]))
+        except ConfigError as error:
+            problems.append(f"{cell.folder.root}: {error.what}")
+            continue
+        wanted = flatten(cell.config)
+        keys = [
+            key
+            for key in dict.fromkeys([*wanted, *stored])
+            if (key == "run.seed" or not key.startswith(WATCHING))
+            and wanted.get(key) != stored.get(key)
+        ]
+        if keys:
+            told = ", ".join(f"{key} {stored.get(key)} → {wanted.get(key)}" for key in keys)
+            problems.append(f"{cell.folder.root}: {told}")
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} of {len(cells)} cells hold another training: {'; '.join(problems)}",
+            fix="--output_dir DIR for another folder, or remove these and train them again",
+            kept="everything in them is untouched; nothing was started",
+        )

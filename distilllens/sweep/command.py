@@ -1,0 +1,194 @@
+"""``python -m distilllens sweep FILE [--dry_run] [--section.key value …]``"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from distilllens.errors import EXIT_OK, ConfigError
+from distilllens.lock import locked
+from distilllens.report.tables import rich_table
+from distilllens.runs import create_run_folder, is_finished, shown_command
+from distilllens.sweep.cells import (
+    Cell,
+    build_cells,
+    check_stored,
+    differences_table,
+    evaluate_command,
+    evaluate_config,
+    refused_options,
+    train_command,
+    unequal_budget,
+)
+from distilllens.sweep.jobs import Job, Runner
+from distilllens.sweep.results import Choice, choose_runs, is_scored, read_results
+from distilllens.sweep.spec import Sweep, check_extra_flags, read_sweep
+from distilllens.sweep.table import SweepTable
+
+EPILOG = (
+    "Further flags (--section.key value) go to every training, after all else. The same command "
+    "goes on where a sweep was stopped, and skips what is finished."
+)
+
+
+def sweep_main(argv: Sequence[str] | None = None) -> int:
+    """Trains and scores all methods with all seeds, and writes the table.
+
+    Args:
+        argv: Arguments after ``sweep``; default: those of the process.
+
+    Returns:
+        0; what a signal or a time limit that stopped it stands for; or the code of the first
+        failure, after all others have run.
+
+    Raises:
+        ConfigError: Mistakes in the sweep file or in any configuration, methods with unequal
+            budgets, folders that hold other trainings: before anything starts.
+        DataError: A folder holds what neither train.py nor evaluate.py writes.
+        StorageError: The folder cannot be written.
+    """
+    arguments, extra = _parse(argv)
+    sweep = read_sweep(arguments.file)
+    if arguments.output_dir is not None:
+        sweep = replace(sweep, output_dir=arguments.output_dir)
+    check_extra_flags(sweep, extra)
+    console = _console()
+    if arguments.table_only:
+        _write_table(sweep, choose_runs(sweep), console)
+        return EXIT_OK
+    cells = _checked_cells(sweep, extra, console)
+    if arguments.dry_run:
+        _print_commands(sweep, cells)
+        return EXIT_OK
+    with locked(create_run_folder(str(sweep.output_dir)).root / "sweep.lock"):
+        return _run(sweep, cells, console, fail_fast=arguments.fail_fast)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, fix="python -m distilllens sweep --help")
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(
+        prog="python -m distilllens sweep",
+        description="Compares methods with equal budgets over several training seeds.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", type=Path, help="sweep file; configs/sweeps/ has some")
+    add("--dry_run", action="store_true", help="check all, print every command, start nothing")
+    add("--table_only", action="store_true", help="write the table from the folders alone")
+    add("--fail_fast", action="store_true", help="end at the first training that fails")
+    add("--output_dir", metavar="DIR", type=Path, help="instead of the sweep file's")
+    arguments, extra = parser.parse_known_args(argv)
+    return arguments, extra
+
+
+def _console() -> Console:
+    """Returns a console that does not squeeze tables into 80 columns when it is a file or pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=220)
+
+
+def _checked_cells(sweep: Sweep, extra: Sequence[str], console: Console) -> list[Cell]:
+    """Returns all cells, once nothing stands against starting them.
+
+    Raises:
+        ConfigError: Something does.
+    """
+    cells = build_cells(sweep, extra)
+    if sweep.evaluation is not None:
+        evaluate_config(sweep, cells[0])
+    if len(sweep.lr) > 1 and cells[0].config.eval.dev_size == 0:
+        raise ConfigError(
+            "a grid of learning rates needs a dev set to choose by", fix="eval.dev_size ≥ 1"
+        )
+    if refused := refused_options(sweep, cells):
+        console.print(differences_table(refused))
+        raise unequal_budget(refused)
+    check_stored(cells)
+    return cells
+
+
+def _print_commands(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        note = f"# {cell.label} is finished and skipped: " if is_finished(cell.folder) else ""
+        print(note + shown_command(train_command(sweep, cell)))
+    if sweep.evaluation is not None and len(sweep.lr) > 1:
+        print("# of each method only the best learning rate is scored")
+    for cell in cells if sweep.evaluation is not None else ():
+        print(shown_command(evaluate_command(sweep, cell)))
+
+
+def _run(sweep: Sweep, cells: Sequence[Cell], console: Console, *, fail_fast: bool) -> int:
+    runner = Runner(
+        parallel=sweep.parallel, processes=sweep.processes, fail_fast=fail_fast, console=console
+    )
+    with runner.listening():
+        waiting = [cell for cell in cells if not is_finished(cell.folder)]
+        console.print(
+            f"{len(cells)} trainings ({len(sweep.methods)} methods × {len(sweep.seeds)} seeds"
+            f"{f' × {len(sweep.lr)} learning rates' if sweep.lr else ''}), "
+            f"{len(cells) - len(waiting)} of them finished already",
+            highlight=False,
+        )
+        runner.run([_train_job(sweep, cell) for cell in waiting])
+        choices = choose_runs(sweep)
+        if sweep.evaluation is not None and not runner.is_over:
+            runner.run(_evaluation_jobs(sweep, cells, choices))
+        _write_table(sweep, choices, console)
+    for failure in runner.failures:
+        print(
+            f"{failure.label} failed with code {failure.code}; log: {failure.log}\n{failure.text}",
+            file=sys.stderr,
+        )
+    if runner.stop_code:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return runner.stop_code
+    return runner.failures[0].code if runner.failures else EXIT_OK
+
+
+def _train_job(sweep: Sweep, cell: Cell) -> Job:
+    folder = cell.folder.root
+    return Job(
+        label=cell.label,
+        command=tuple(train_command(sweep, cell)),
+        screen=folder.with_name(f"{folder.name}.out"),
+        prepared=cell.folder.data,
+    )
+
+
+def _evaluation_jobs(
+    sweep: Sweep, cells: Sequence[Cell], choices: Mapping[str, Choice]
+) -> list[Job]:
+    """Returns what is left to score of the finished trainings with the chosen learning rates."""
+    by_place = {(cell.method, cell.lr, cell.seed): cell for cell in cells}
+    jobs = []
+    for method in sweep.methods:
+        for cell in (by_place[method, run.lr, run.seed] for run in choices[method].runs):
+            if not is_scored(evaluate_config(sweep, cell)):
+                job = Job(
+                    label=f"{cell.label}: scoring",
+                    command=tuple(evaluate_command(sweep, cell)),
+                    screen=cell.evaluation.with_name(f"{cell.evaluation.name}.out"),
+                )
+                jobs.append(job)
+    return jobs
+
+
+def _write_table(sweep: Sweep, choices: Mapping[str, Choice], console: Console) -> None:
+    table = SweepTable(sweep, read_results(sweep, choices))
+    written = table.write(sweep.output_dir)
+    console.print(rich_table(table, title=f"Sweep {sweep.name}: {table.scores.title}"))
+    for note in table.notes():
+        console.print(f"- {note}", markup=False, highlight=False)
+    # Not through rich, which would break a long path into lines.
+    print(*written)

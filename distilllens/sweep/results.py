@@ -1,0 +1,200 @@
+"""What the folders of a sweep say: finished trainings, the chosen learning rates, the scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from distilllens.config import EvaluateConfig
+from distilllens.evaluation.provenance import checkpoint_fingerprint
+from distilllens.evaluation.results import read_result
+from distilllens.report.run_record import RunRecord, read_runs
+from distilllens.report.scores import collect_scores
+from distilllens.runs import RunFolder, is_finished
+from distilllens.sweep.cells import cell_path
+from distilllens.sweep.spec import Sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A finished training."""
+
+    seed: int
+    lr: float | None
+    """Of the grid; None without one."""
+    record: RunRecord
+
+    @property
+    def best_metric(self) -> float | None:
+        """Of best/ on the dev set, in the unit of eval.metric; None without a dev set."""
+        value = self.record.status.get("best_metric")
+        return None if value is None else float(value)
+
+    @property
+    def dev_loss(self) -> float | None:
+        """Of best/, in nats per response token; None without a dev set."""
+        steps, losses = self.record.series("eval/dev/loss")
+        return dict(zip(steps, losses, strict=True)).get(self.record.status.get("best_step", 0))
+
+    @property
+    def minutes(self) -> float:
+        """Spent in steps and dev evaluations, without starts and what an interruption lost."""
+        _, evaluations = self.record.series("perf/eval_s")
+        return (sum(seconds for seconds, _ in self._windows()) + sum(evaluations)) / 60
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Response tokens trained on per second of steps; None where no step was logged."""
+        windows = self._windows()
+        total = sum(seconds for seconds, _ in windows)
+        return sum(tokens for _, tokens in windows) / total if total else None
+
+    def _windows(self) -> list[tuple[float, float]]:
+        """Returns seconds and response tokens of the steps up to each logged line."""
+        found, before = [], 0
+        for line in self.record.lines:
+            if "perf/step_s" in line:
+                seconds = float(line["perf/step_s"]) * (int(line["step"]) - before)
+                found.append((seconds, float(line["perf/response_tokens_per_s"]) * seconds))
+                before = int(line["step"])
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """What is known of a method."""
+
+    name: str
+    runs: tuple[TrainedRun, ...]
+    """Finished trainings with the chosen learning rate, in the order of the seeds."""
+    scores: Mapping[str, Mapping[int, float]]
+    """Rouge-L × 100 by set and training seed: each the mean over its sampling seeds."""
+    notes: tuple[str, ...]
+    """What is missing, and what was chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The trainings that stand for a method."""
+
+    runs: tuple[TrainedRun, ...]
+    """Finished, with the chosen learning rate, in the order of the seeds."""
+    notes: tuple[str, ...] = ()
+    """Remarks on the choice."""
+
+
+def read_results(sweep: Sweep, choices: Mapping[str, Choice]) -> list[MethodResult]:
+    """Reads what the sweep's folders say of all methods.
+
+    Raises:
+        ConfigError, DataError: A folder holds what evaluate.py does not write.
+    """
+    return [_read_method(sweep, method, choices[method]) for method in sweep.methods]
+
+
+def _read_method(sweep: Sweep, method: str, choice: Choice) -> MethodResult:
+    runs, notes = choice.runs, list(choice.notes)
+    scores: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs if sweep.evaluation is not None else ():
+        by_set, note = read_scores(sweep, method, run)
+        notes += [note] if note else []
+        for name, value in by_set.items():
+            scores[name][run.seed] = value
+    missing = [str(seed) for seed in sweep.seeds if seed not in {run.seed for run in runs}]
+    if missing:
+        notes.append(f"{method}: seeds without a finished training: {', '.join(missing)}")
+    return MethodResult(name=method, runs=runs, scores=dict(scores), notes=tuple(notes))
+
+
+def choose_runs(sweep: Sweep) -> dict[str, Choice]:
+    """Returns each method's finished trainings, of a grid those with its best learning rate.
+
+    Of a grid only learning rates with all seeds finished can be chosen, by the mean of the best dev
+    metrics over the seeds: the test sets have no say.
+
+    Raises:
+        ConfigError, DataError: A folder holds what train.py does not write.
+    """
+    return {method: _choose(sweep, method) for method in sweep.methods}
+
+
+def _choose(sweep: Sweep, method: str) -> Choice:
+    if not sweep.lr:
+        return Choice(runs=tuple(_finished_runs(sweep, method, None)))
+    by_lr = {lr: _finished_runs(sweep, method, lr) for lr in sweep.lr}
+    metrics = {
+        lr: [run.best_metric for run in runs if run.best_metric is not None]
+        for lr, runs in by_lr.items()
+    }
+    complete = {
+        lr: statistics.fmean(values)
+        for lr, values in metrics.items()
+        if len(values) == len(sweep.seeds)
+    }
+    open_rates = ", ".join(f"{lr:g}" for lr in by_lr if lr not in complete)
+    notes = [f"{method}: not finished with all seeds: lr {open_rates}"] if open_rates else []
+    if not complete:
+        return Choice(runs=(), notes=tuple(notes))
+    metric = by_lr[next(iter(complete))][0].record.config.eval.metric
+    best = (max if metric == "rougeL" else min)(complete, key=lambda lr: complete[lr])
+    if len(complete) > 1:
+        notes.insert(0, f"{method}: lr {best:g}, the best of {len(complete)} on the dev set")
+    return Choice(runs=tuple(by_lr[best]), notes=tuple(notes))
+
+
+def _finished_runs(sweep: Sweep, method: str, lr: float | None) -> list[TrainedRun]:
+    folders = {seed: sweep.output_dir / cell_path(method, lr, seed) for seed in sweep.seeds}
+    finished = {seed: path for seed, path in folders.items() if is_finished(RunFolder(path))}
+    records = read_runs(list(finished.values()))
+    return [
+        TrainedRun(seed=seed, lr=lr, record=record)
+        for seed, record in zip(finished, records, strict=True)
+    ]
+
+
+def read_scores(sweep: Sweep, method: str, run: TrainedRun) -> tuple[dict[str, float], str]:
+    """Returns the Rouge-L of a training on each set, the mean over sampling seeds; and a remark.
+
+    Nothing is returned of an evaluation that is not complete, or of other weights: a mean over
+    fewer sampling seeds or of another model would pass for the same.
+    """
+    path = cell_path(method, run.lr, run.seed)
+    folder, label = sweep.output_dir / "eval" / path, f"{method} seed {run.seed}"
+    found = collect_scores([folder]) if folder.is_dir() else []
+    if not found:
+        return {}, f"{label}: not scored"
+    results = [read_result(score.file) for score in found]
+    sets = {name for result in results for name in result["config"]["sets"]}
+    seeds = {seed for result in results for seed in result["config"]["eval"]["seeds"]}
+    if len(found) < len(sets) * len(seeds):
+        return {}, f"{label}: scored in part only ({len(found)} of {len(sets) * len(seeds)})"
+    best = sweep.output_dir / path / "best"
+    weights = {result["identity"]["weights and tokenizer"] for result in results}
+    if best.is_dir() and weights != {checkpoint_fingerprint(str(best))}:
+        return {}, f"{label}: {folder} holds scores of other weights than {best}"
+    values: dict[str, list[float]] = defaultdict(list)
+    for score in found:
+        values[score.test_set].append(score.metrics["rougeL"])
+    return {name: statistics.fmean(drawn) for name, drawn in values.items()}, ""
+
+
+def is_scored(config: EvaluateConfig) -> bool:
+    """Whether what evaluate.py would do is all done: the same settings, the weights of now."""
+    folders = [
+        Path(config.output_dir) / f"seed{seed}" / name
+        for name in config.sets
+        for seed in config.eval.seeds
+    ]
+    files = [folder / "results.json" for folder in folders]
+    if not all(file.is_file() for file in files):
+        return False
+    weights, wanted = checkpoint_fingerprint(config.checkpoint), dataclasses.asdict(config)
+    results = map(read_result, files)
+    return all(
+        result["config"] == wanted and result["identity"]["weights and tokenizer"] == weights
+        for result in results
+    )
