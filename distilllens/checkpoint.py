@@ -79,6 +79,8 @@ STATE_FILE = "state.json"
 DEEPSPEED_FOLDER = "deepspeed"
 DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 """All that DeepSpeed's files may hold beside tensors and plain values."""
+BESIDE_THE_COURSE = ("run", "tracking", "generate", "dry_run", "debug", "model.teacher_cache")
+"""Options that a run may be continued without; but ``run.seed`` must stay."""
 
 Result = TypeVar("Result")
 logger = logging.getLogger("distilllens")
@@ -565,7 +567,7 @@ def _course(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens the options that shape a run; how it is watched and where a cache lies do not."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if prefix + name in ("run", "tracking", "dry_run", "debug", "model.teacher_cache"):
+        if prefix + name in BESIDE_THE_COURSE:
             continue
         if isinstance(value, dict):
             flat |= _course(value, f"{prefix}{name}.")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from distilllens.chunks import Term
-from distilllens.config import ObjectiveConfig
+from distilllens.config import CE_ONLY, ObjectiveConfig
 from distilllens.divergence import DivergenceOptions
 from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
@@ -36,7 +36,7 @@ class DistillationObjective:
 
     Args:
         config: Approach, divergences and weights.
-        pairs: Layer pairs of the lens; empty for ``sft`` and ``kd``.
+        pairs: Layer pairs of the lens; empty for all approaches but ``distill_lens``.
 
     Raises:
         ConfigError: ``lens.weights`` does not fit the pairs.
@@ -44,7 +44,7 @@ class DistillationObjective:
 
     def __init__(self, config: ObjectiveConfig, pairs: Sequence[LayerPair] = ()) -> None:
         lens, approach = config.lens, config.approach
-        self.distill_ratio = 0.0 if approach == "sft" else config.kd_ratio
+        self.distill_ratio = 0.0 if approach in CE_ONLY else config.kd_ratio
         uses_lens = approach == "distill_lens" and self.distill_ratio > 0 and lens.coeff > 0
         self.pairs = tuple(pairs) if uses_lens else ()
         self.divergence = config.divergence
