@@ -21,13 +21,18 @@ COMMANDS = {
         "cache_teacher_main",
         "store the teacher's hidden states once, for trainings that then read them",
     ),
+    "generate": (
+        "distilllens.generate",
+        "generate_main",
+        "sample the teacher's answers to the training prompts, to train on",
+    ),
     "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
     "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
     "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 
-OWN_DEBUG = ("cache-teacher",)
+OWN_DEBUG = ("cache-teacher", "generate")
 """Commands that take a training's options, ``--debug`` among them."""
 
 

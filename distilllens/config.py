@@ -21,6 +21,9 @@ import yaml
 from distilllens.errors import ConfigError
 from distilllens.parsing import parse_arguments, raise_problems
 
+CE_ONLY = ("sft", "seqkd")
+"""Approaches that compare with no teacher."""
+
 DivergenceKind = Literal["fkl", "rkl", "fkl+rkl", "jsd", "akl", "skew_fkl", "skew_rkl", "tvd"]
 
 
@@ -72,7 +75,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Training precision; auto: bfloat16 if the DeepSpeed file enables bf16, else float32."""
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The teacher's precision; auto: the same as dtype."""
+    """The teacher's precision; auto: the same as dtype (when it generates: if that is auto too, the
+    checkpoint's)."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation of both models; auto: what transformers chooses."""
     gradient_checkpointing: bool = False
@@ -100,8 +104,14 @@ class DataConfig:
 
     path: str = "data/dolly"
     """Folder with raw.jsonl (its first eval.dev_size records are the dev set, the rest trains)."""
+    generated: str | None = None
+    """Folder made by `python -m distilllens generate` with the same options: its answers replace
+    the records' answers in training; the dev set stays data.path's."""
+    keep_gold: bool = False
+    """Train on the records' own answers too; needs generated."""
     processed: str | None = None
-    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY."""
+    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY, or with generated
+    answers processed_data/NAME/generated-FOLDER/FAMILY."""
     max_length: int = 512
     """Longest prompt + response in tokens; longer responses are cut."""
     max_prompt_length: int = 256
@@ -173,8 +183,9 @@ class HiddenConfig:
 class ObjectiveConfig:
     """(1 − kd_ratio) · CE + kd_ratio · [final divergence + lens.coeff · lens + hidden states]."""
 
-    approach: Literal["sft", "kd", "distill_lens"] = "distill_lens"
-    """sft: cross entropy only; kd: with the final divergence; distill_lens: with the lens too."""
+    approach: Literal["sft", "seqkd", "kd", "distill_lens"] = "distill_lens"
+    """sft: cross entropy only; seqkd: the same on the answers of data.generated; kd: with the final
+    divergence; distill_lens: with the lens too."""
     divergence: DivergenceKind = "rkl"
     """Divergence between the final distributions of teacher and student."""
     kd_ratio: float = 1.0
@@ -229,19 +240,11 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Dev evaluation in training and the final evaluation: one set of settings."""
+class SamplingConfig:
+    """How a model answers prompts."""
 
-    every: int | None = None
-    """Optimizer steps between dev evaluations; default: once an epoch and at the end."""
-    dev_size: int = 1000
-    """Records at the head of raw.jsonl that are held out as the dev set."""
-    metric: Literal["loss", "rougeL"] = "loss"
-    """What chooses best/: token-weighted dev loss, or Rouge-L of generated dev answers."""
     batch_size: int = 8
     """Records per process and batch."""
-    seeds: list[int] = field(default_factory=lambda: [10, 20, 30, 40, 50])
-    """Sampling seeds; the dev evaluation uses the first."""
     do_sample: bool = True
     """Sample; false: greedy."""
     temperature: float = 1.0
@@ -254,6 +257,38 @@ class EvalConfig:
     """No n-gram of this size occurs twice; 0: off."""
     max_new_tokens: int = 256
     """Longest answer in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(SamplingConfig):
+    """Dev evaluation in training and the final evaluation: one set of settings."""
+
+    every: int | None = None
+    """Optimizer steps between dev evaluations; default: once an epoch and at the end."""
+    dev_size: int = 1000
+    """Records at the head of raw.jsonl that are held out as the dev set."""
+    metric: Literal["loss", "rougeL"] = "loss"
+    """What chooses best/: token-weighted dev loss, or Rouge-L of generated dev answers."""
+    seeds: list[int] = field(default_factory=lambda: [10, 20, 30, 40, 50])
+    """Sampling seeds; the dev evaluation uses the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """The teacher's answers to the training prompts; read by `python -m distilllens generate`."""
+
+    samples: int = 1
+    """Answers to each prompt."""
+    seed: int = 10
+    """With a prompt's place in the file it fixes the prompt's random numbers (≥ 0)."""
+    no_repeat_ngram_size: int = 0
+    """No n-gram of this size occurs twice, the prompt's own among them; 0: off. Any other number
+    keeps answers from quoting that much of their input."""
+    keep_truncated: bool = True
+    """Keep answers that ended by length. They are trained on without an end-of-text token, as
+    they do not end; without them, short answers would be too many."""
+    limit: int | None = None
+    """Answer only the first N training prompts; default: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +313,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deepspeed: str = "configs/deepspeed/zero2_bf16.json"
     """DeepSpeed file: ZeRO stage, precision, offload. Batch, clipping and
@@ -343,6 +379,12 @@ def load_config(argv: Sequence[str] | None = None) -> TrainConfig:
     """
     config = parse_arguments(TrainConfig, argv, prog="train.py")
     raise_problems(train_problems(config))
+    if config.objective.approach == "seqkd" and config.data.generated is None:
+        raise ConfigError(
+            "objective.approach=seqkd needs data.generated, the folder of the teacher's answers",
+            fix="--data.generated FOLDER; python -m distilllens generate with the same options "
+            "makes it",
+        )
     return config
 
 
@@ -393,7 +435,7 @@ def train_problems(config: TrainConfig) -> list[str]:
     run, model, data = config.run, config.model, config.data
     objective, lens, optim = config.objective, config.objective.lens, config.optim
     hidden = objective.hidden
-    needs_teacher = objective.approach != "sft" and objective.kd_ratio > 0
+    needs_teacher = objective.approach not in CE_ONLY and objective.kd_ratio > 0
     rules = {
         f"run.seed={run.seed} must be ≥ 0": run.seed >= 0,
         f"run.keep={run.keep} must be ≥ 2": run.keep >= 2,
@@ -406,6 +448,7 @@ def train_problems(config: TrainConfig) -> list[str]:
         f"data.max_prompt_length={data.max_prompt_length} must be in [1, data.max_length)": (
             1 <= data.max_prompt_length < data.max_length
         ),
+        "data.keep_gold needs data.generated": not data.keep_gold or data.generated is not None,
         f"data.train_size={data.train_size} must be ≥ 1": data.train_size is None
         or data.train_size >= 1,
         f"objective.kd_ratio={objective.kd_ratio} must be in [0, 1]": 0 <= objective.kd_ratio <= 1,
@@ -461,7 +504,7 @@ def train_problems(config: TrainConfig) -> list[str]:
         parse_wall_time(run.max_wall_time)
     if parse_wall_time(run.timeout, "run.timeout") == 0:
         problems.append("run.timeout must be > 0")
-    return problems + eval_problems(config.eval)
+    return problems + eval_problems(config.eval) + generate_problems(config.generate)
 
 
 def name_problems(key: str, name: str | None) -> list[str]:
@@ -476,14 +519,33 @@ def eval_problems(config: EvalConfig) -> list[str]:
     rules = {
         f"eval.every={config.every} must be ≥ 1": config.every is None or config.every >= 1,
         f"eval.dev_size={config.dev_size} must be ≥ 0": config.dev_size >= 0,
-        f"eval.batch_size={config.batch_size} must be ≥ 1": config.batch_size >= 1,
         "eval.seeds must not be empty": bool(config.seeds),
-        f"eval.temperature={config.temperature} must be > 0": config.temperature > 0,
-        f"eval.top_p={config.top_p} must be in (0, 1]": 0 < config.top_p <= 1,
-        f"eval.top_k={config.top_k} must be ≥ 0": config.top_k >= 0,
-        f"eval.no_repeat_ngram_size={config.no_repeat_ngram_size} must be ≥ 0": (
+    }
+    return [t for t, holds in rules.items() if not holds] + _sampling_problems("eval", config)
+
+
+def generate_problems(config: GenerateConfig) -> list[str]:
+    """Returns every setting of the teacher's answers that is out of range."""
+    rules = {
+        f"generate.samples={config.samples} must be ≥ 1": config.samples >= 1,
+        f"generate.seed={config.seed} must be ≥ 0": config.seed >= 0,
+        f"generate.limit={config.limit} must be ≥ 1": config.limit is None or config.limit >= 1,
+        f"generate.samples={config.samples} would all be the same: greedy": (
+            config.do_sample or config.samples == 1
+        ),
+    }
+    return [t for t, holds in rules.items() if not holds] + _sampling_problems("generate", config)
+
+
+def _sampling_problems(section: str, config: SamplingConfig) -> list[str]:
+    rules = {
+        f"batch_size={config.batch_size} must be ≥ 1": config.batch_size >= 1,
+        f"temperature={config.temperature} must be > 0": config.temperature > 0,
+        f"top_p={config.top_p} must be in (0, 1]": 0 < config.top_p <= 1,
+        f"top_k={config.top_k} must be ≥ 0": config.top_k >= 0,
+        f"no_repeat_ngram_size={config.no_repeat_ngram_size} must be ≥ 0": (
             config.no_repeat_ngram_size >= 0
         ),
-        f"eval.max_new_tokens={config.max_new_tokens} must be ≥ 1": config.max_new_tokens >= 1,
+        f"max_new_tokens={config.max_new_tokens} must be ≥ 1": config.max_new_tokens >= 1,
     }
-    return [text for text, holds in rules.items() if not holds]
+    return [f"{section}.{text}" for text, holds in rules.items() if not holds]

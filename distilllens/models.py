@@ -195,8 +195,8 @@ def load_model(
     return model.eval()
 
 
-def load_teacher(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads the teacher, merges its adapter if it has one, and freezes it.
+def load_teacher(config: ModelConfig, *, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Loads the teacher, merges its adapter if it has one, and freezes it; dtype as `load_model`.
 
     Raises:
         ConfigError: As `load_model`; an adapter that is not there or does not fit.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from distilllens.chunks import Term
-from distilllens.config import LensConfig, ObjectiveConfig
+from distilllens.config import CE_ONLY, LensConfig, ObjectiveConfig
 from distilllens.divergence import DivergenceOptions
 from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
@@ -45,7 +45,7 @@ class DistillationObjective:
 
     def __init__(self, config: ObjectiveConfig, pairs: Sequence[LayerPair] = ()) -> None:
         lens, hidden, approach = config.lens, config.hidden, config.approach
-        self.distill_ratio = 0.0 if approach == "sft" else config.kd_ratio
+        self.distill_ratio = 0.0 if approach in CE_ONLY else config.kd_ratio
         uses_lens = approach == "distill_lens" and self.distill_ratio > 0 and lens.coeff > 0
         uses_hidden = self.distill_ratio > 0 and hidden.coeff > 0
         self.needs_pairs = uses_lens or uses_hidden

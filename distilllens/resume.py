@@ -19,6 +19,8 @@ from distilllens.runs import RunFolder, redact
 
 STATE_FILE = "state.json"
 """Of a saved state: counters and options as JSON."""
+BESIDE_THE_COURSE = ("run", "tracking", "generate", "dry_run", "debug", "model.teacher_cache")
+"""Options that a run may be continued without; but ``run.seed`` must stay."""
 
 logger = logging.getLogger("distilllens")
 
@@ -181,7 +183,7 @@ def _course(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens the options that shape a run; how it is watched and where a cache lies do not."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if prefix + name in ("run", "tracking", "dry_run", "debug", "model.teacher_cache"):
+        if prefix + name in BESIDE_THE_COURSE:
             continue
         if isinstance(value, dict):
             flat |= _course(value, f"{prefix}{name}.")

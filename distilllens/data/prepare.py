@@ -39,8 +39,13 @@ class PrepareConfig:
     """Folder (or hub name) of the student, for its tokenizer; needed unless only downloading."""
     data: str = DataConfig.path
     """Folder with raw.jsonl, or a raw.jsonl's folder that --download fills."""
+    generated: str | None = DataConfig.generated
+    """Folder made by `python -m distilllens generate`: its answers replace the records' own."""
+    keep_gold: bool = DataConfig.keep_gold
+    """Keep the records' own answers too; needs generated."""
     processed: str | None = DataConfig.processed
-    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY."""
+    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY, or with generated
+    answers processed_data/NAME/generated-FOLDER/FAMILY."""
     max_length: int = DataConfig.max_length
     """Longest prompt + response in tokens; longer responses are cut."""
     max_prompt_length: int = DataConfig.max_prompt_length
@@ -75,6 +80,8 @@ def prepare_main(argv: Sequence[str]) -> int:
         )
     if config.trust_remote_code and not config.revision:
         raise ConfigError("--trust_remote_code needs --revision")
+    if config.keep_gold and config.generated is None:
+        raise ConfigError("--keep_gold needs --generated")
     if config.download:
         download_published_sets(config.data_dir, console=console)
     if config.model is not None:
@@ -148,6 +155,8 @@ def _prepare(config: PrepareConfig, model: str, console: Console) -> PreparedDat
     return prepare_dataset(
         data=DataConfig(
             path=config.data,
+            generated=config.generated,
+            keep_gold=config.keep_gold,
             processed=config.processed,
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length,

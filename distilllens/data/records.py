@@ -37,6 +37,8 @@ class Record:
     input: str
     outputs: tuple[str, ...]
     topic: str = ""
+    truncated: bool = False
+    """The answer ended by length, not by itself: no end-of-text token belongs after it."""
 
     @property
     def prompt(self) -> str:
@@ -103,7 +105,7 @@ def read_records(
     bad_lines: Literal["error", "skip"] = "error",
     references: Literal["single", "many"] = "single",
 ) -> RecordFile:
-    """Reads a JSONL file with the fields instruction, output and optionally input and topic.
+    """Reads JSON Lines with the fields instruction, output, optionally input, topic and truncated.
 
     A ``prompt`` field and any other field is ignored: the prompt is made by the template. A UTF-8
     byte-order mark, CRLF line ends, blank lines and a missing last line end are accepted.
@@ -223,6 +225,7 @@ def _parse_record(line: bytes, references: Literal["single", "many"]) -> Record:
         input=_optional_field(content, "input"),
         outputs=_outputs_field(content, references),
         topic=_optional_field(content, "topic"),
+        truncated=_flag_field(content, "truncated"),
     )
 
 
@@ -246,6 +249,13 @@ def _text_field(content: dict[str, Any], name: str) -> str:
 def _optional_field(content: dict[str, Any], name: str) -> str:
     """The published sets write null for a topic they do not have."""
     return "" if content.get(name) is None else _checked_text(content[name], name)
+
+
+def _flag_field(content: dict[str, Any], name: str) -> bool:
+    value = content.get(name)
+    if not isinstance(value, bool | None):
+        raise BrokenLineError(f"field {name!r} must be a boolean, got {_kind(value)}")
+    return bool(value)
 
 
 def _outputs_field(

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distilllens.config import DataConfig
 from distilllens.data.encode import encode_prompts, encode_responses, tokenizer_fingerprint
+from distilllens.data.generated import RECORDS, check_generated, merge_answers
 from distilllens.data.progress import track
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.data.records import Record, file_sha256, read_records
@@ -64,7 +65,8 @@ class PreparedData:
 
     ``train`` and ``dev`` have the columns prompt_ids and response_ids (int32; a response ends with
     EOS unless it was cut); dev also prompt and reference (texts). ``stats`` is plain JSON:
-    {"lines", "skipped_lines", "train": PartCounts, "dev": PartCounts} of the stored data.
+    {"lines", "skipped_lines", "train": PartCounts, "dev": PartCounts} of the stored data, and with
+    generated answers {"generated": {"teacher", "answers", "keep_gold"}}.
     """
 
     train: Dataset
@@ -83,6 +85,10 @@ class PreparedData:
             "responses cut": train["cut_responses"] + dev["cut_responses"],
         }
         told = ", ".join(f"{number:,} {name}" for name, number in dropped.items())
+        if generated := self.stats.get("generated"):
+            told += f"; {generated['answers']:,} answers are {generated['teacher']}'s" + (
+                ", beside the records' own" if generated["keep_gold"] else ""
+            )
         return (
             f"{self.folder}: {len(self.train):,} training and {len(self.dev):,} dev records, "
             f"{train['response_tokens']:,} response tokens to train on; {told}"
@@ -113,16 +119,17 @@ def prepare_dataset(
 
     Raises:
         ConfigError: Lengths that leave no token for a response; a tokenizer without EOS.
-        DataError: What `read_records` finds wrong; no usable training record; with
-            ``build=False``, a folder that does not fit.
+        DataError: What `read_records` or `check_generated` finds wrong; no usable training
+            record; with ``build=False``, a folder that does not fit.
         StorageError: The folder holds something else, or cannot be written.
         Stopped: A signal ended the tokenising; nothing was written.
     """
     _check_options(data, dev_size, tokenizer)
-    raw_file = Path(data.path) / "raw.jsonl"
+    raw_file = Path(data.path) / RECORDS
     folder = prepared_folder(data, family)
+    raw_sha256 = file_sha256(raw_file)
     source = {
-        "raw_sha256": file_sha256(raw_file),
+        "raw_sha256": raw_sha256,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": alpaca_prompt("{instruction}") + alpaca_prompt("{instruction}", "{input}"),
         "max_length": data.max_length,
@@ -131,6 +138,11 @@ def prepare_dataset(
         "bad_lines": data.bad_lines,
         "format_version": FORMAT_VERSION,
     }
+    receipt = None
+    if data.generated is not None:
+        receipt = check_generated(Path(data.generated), raw_sha256=raw_sha256, dev_size=dev_size)
+        source["generated_sha256"] = receipt["records_sha256"]
+        source["keep_gold"] = data.keep_gold
     difference = _difference(folder, source)
     if difference and not build:
         raise DataError(
@@ -141,7 +153,11 @@ def prepare_dataset(
     if difference:
         if folder.exists():
             console.print(f"{folder} is tokenised anew: {difference}", soft_wrap=True)
-        _build(folder, source, raw_file, data=data, tokenizer=tokenizer, console=console)
+        stats = {}
+        if receipt is not None:
+            told = {"teacher": receipt["teacher"], "answers": receipt["counts"]["written"]}
+            stats["generated"] = {**told, "keep_gold": data.keep_gold}
+        _build(folder, source, stats, data=data, tokenizer=tokenizer, console=console)
     return _open(folder, train_size=data.train_size)
 
 
@@ -149,7 +165,11 @@ def prepared_folder(data: DataConfig, family: str) -> Path:
     """Returns the folder of the tokenised data: data.processed or the conventional place."""
     if data.processed is not None:
         return Path(data.processed)
-    return Path("processed_data") / Path(data.path).resolve().name / "full" / family
+    kind = "full"
+    if data.generated is not None:
+        kind = f"generated-{Path(data.generated).resolve().name}"
+        kind += "-and-gold" if data.keep_gold else ""
+    return Path("processed_data") / Path(data.path).resolve().name / kind / family
 
 
 def record_lengths(table: Dataset) -> np.ndarray:
@@ -198,9 +218,9 @@ def _difference(folder: Path, source: dict[str, Any]) -> str:
         stored, files = dict(manifest["source"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest.json cannot be read ({type(error).__name__})"
-    for name, value in source.items():
-        if stored.get(name) != value:
-            return f"{name} was {_short(stored.get(name))}, now {_short(value)}"
+    for name in [*source, *stored]:  # answers of a teacher are in one of them only, or in none
+        if stored.get(name) != source.get(name):
+            return f"{name} was {_short(stored.get(name))}, now {_short(source.get(name))}"
     for name, size in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -232,7 +252,7 @@ def _open(folder: Path, *, train_size: int | None) -> PreparedData:
 def _build(
     folder: Path,
     source: dict[str, Any],
-    raw_file: Path,
+    stats: dict[str, Any],
     *,
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -250,14 +270,19 @@ def _build(
             f"{folder} holds other things than tokenised data",
             fix="give an empty or new folder with data.processed",
         )
+    raw_file = Path(data.path) / RECORDS
     file = read_records(raw_file, bad_lines=data.bad_lines)
     dev_size = source["dev_size"]
     parts = {"train": file.records[dev_size:], "dev": file.records[:dev_size]}
+    if data.generated is not None:
+        answers = read_records(Path(data.generated) / RECORDS).records
+        parts["train"] = merge_answers(parts["train"], answers, keep_gold=data.keep_gold)
+    num_records = sum(map(len, parts.values()))
     tables: dict[str, Dataset] = {}
     counts: dict[str, PartCounts] = {}
     with (
         stoppable(),
-        track("tokenising", "records", total=len(file.records), console=console) as advance,
+        track("tokenising", "records", total=num_records, console=console) as advance,
     ):
         for name, records in parts.items():
             tables[name], counts[name] = _tokenise(
@@ -265,6 +290,7 @@ def _build(
             )
     _check_usable(raw_file, counts)
     stats = {
+        **stats,
         "lines": file.num_lines,
         "skipped_lines": file.num_skipped,
         **{name: asdict(part) for name, part in counts.items()},
@@ -347,6 +373,8 @@ def _usable_rows(
     for record, prompt_ids, response_ids in zip(answered, prompts, responses, strict=True):
         if len(prompt_ids) > data.max_prompt_length:
             continue
+        if record.truncated:
+            response_ids = response_ids[:-1]  # it goes on: an end there would be a lesson to stop
         room = data.max_length - len(prompt_ids)
         row = {
             "prompt_ids": prompt_ids,

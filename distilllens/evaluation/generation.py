@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distilllens.config import EvalConfig
+from distilllens.config import SamplingConfig
 from distilllens.data.tokenize import encode_prompts
 from distilllens.errors import ConfigError, NumericsError
 from distilllens.evaluation.sampling import build_processors, example_seed
@@ -47,7 +47,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    settings: EvalConfig,
+    settings: SamplingConfig,
     seed: int,
     max_prompt_length: int,
     indices: Sequence[int] | None = None,
@@ -106,20 +106,35 @@ def generate_answers(
     return [answers[row] for row in range(len(prompts))]
 
 
-def check_context_window(config: PreTrainedConfig, prompt_length: int, max_new_tokens: int) -> None:
+def check_context_window(
+    config: PreTrainedConfig,
+    prompt_length: int,
+    max_new_tokens: int,
+    *,
+    section: str = "eval",
+    prompt_key: str = "max_prompt_length",
+) -> None:
     """Checks that a prompt and its answer fit into the model's positions.
+
+    Args:
+        config: The model's.
+        prompt_length: Of the longest prompt, in tokens.
+        max_new_tokens: Longest answer in tokens.
+        section: Where that stands in the configuration.
+        prompt_key: Where the prompts' limit stands.
 
     Raises:
         ConfigError: They do not; names the numbers.
     """
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and prompt_length + max_new_tokens > window:
+    needed = prompt_length + max_new_tokens
+    if window is not None and needed > window:
         raise ConfigError(
-            f"the longest prompt ({prompt_length} tokens) + eval.max_new_tokens={max_new_tokens} "
-            f"= {prompt_length + max_new_tokens} tokens exceed the model's context window {window}",
+            f"the longest prompt ({prompt_length} tokens) + {section}.max_new_tokens="
+            f"{max_new_tokens} = {needed} tokens exceed the model's context window {window}",
             why="there are no positions beyond the window",
-            fix=f"--eval.max_new_tokens {max(1, window - prompt_length)}, or a smaller "
-            "--max_prompt_length",
+            fix=f"--{section}.max_new_tokens {max(1, window - prompt_length)}, or a smaller "
+            f"--{prompt_key}",
         )
 
 
@@ -161,7 +176,7 @@ def _generate_batch(
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
     *,
-    settings: EvalConfig,
+    settings: SamplingConfig,
     seeds: Sequence[int],
     eos_id: int,
     num_tokens: int,
@@ -197,7 +212,7 @@ def _generate_batch(
         raise NumericsError(
             "the model's logits are not finite while it generates",
             why="weights that diverged, or an overflow in the model's dtype",
-            fix="--dtype float32 tells the two apart",
+            fix="--dtype float32 (generate: --model.teacher_dtype float32) tells the two apart",
         )
     new_ids: list[list[int]] = output_BT[:, input_ids_BT.shape[1] :].tolist()
     return new_ids

@@ -177,7 +177,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     check_settings(config)
     console = Console(highlight=False, markup=False)
-    with _process_group() as (rank, world_size):
+    with process_group() as (rank, world_size):
         console.quiet = rank != 0
         tokenizer = load_tokenizer(
             config.checkpoint, trust_remote_code=config.trust_remote_code, revision=config.revision
@@ -236,7 +236,7 @@ def _run_cells(
         revision=config.revision,
     )
     module: torch.nn.Module = model
-    module.to(_device())
+    module.to(local_device())
     with stoppable():
         for position, cell in enumerate(cells, start=1):
             label = f"{cell.data.name} seed {cell.seed} ({position}/{len(cells)})"
@@ -278,7 +278,8 @@ def _run_cell(
     )
 
 
-def _device() -> torch.device:
+def local_device() -> torch.device:
+    """Returns this process's GPU, or the CPU, outside the process group of a training."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -322,7 +323,7 @@ def _result(
 
 
 @contextmanager
-def _process_group() -> Iterator[tuple[int, int]]:
+def process_group() -> Iterator[tuple[int, int]]:
     """Yields rank and world size; joins the process group of a torchrun.
 
     gloo also on GPUs: the ranks only wait for each other. A rank that dies breaks its connections,

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from distilllens.config import EvaluateConfig
+from distilllens.config import CE_ONLY, EvaluateConfig
 from distilllens.data.records import Record
 
 PACKAGES = ("distilllens", "torch", "transformers", "tokenizers", "rouge-score", "rapidfuzz")
@@ -75,6 +75,7 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
     digest = hashlib.sha256()
     patterns = (
         "config.json",
+        "adapter_config.json",
         "tokenizer*.json",
         "vocab*",
         "merges.txt",
@@ -136,8 +137,8 @@ def _training_record(file: Path) -> str | None:
     match content:
         case {"run": {"name": str(name)}} if name:
             return name
-        case {"objective": {"approach": "sft"}}:
-            return "sft"
+        case {"objective": {"approach": str(approach)}} if approach in CE_ONLY:
+            return approach
         case {"objective": {"approach": str(approach), "divergence": str(divergence)}}:
             return f"{approach}/{divergence}"
     return None

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from distilllens.config import EvalConfig
+from distilllens.config import SamplingConfig
 
 
 class NonFiniteWatch(LogitsProcessor):
@@ -141,7 +141,7 @@ def example_seed(seed: int, index: int) -> int:
 
 
 def build_processors(
-    settings: EvalConfig,
+    settings: SamplingConfig,
     *,
     prompt_ids: Sequence[Sequence[int]],
     seeds: Sequence[int],

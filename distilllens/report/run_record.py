@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distilllens.config import TrainConfig, load_config
+from distilllens.config import CE_ONLY, TrainConfig, load_config
 from distilllens.errors import ConfigError, DataError
 from distilllens.layers import LayerPair
 from distilllens.report.scores import unique_labels
@@ -72,10 +72,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def method_name(config: TrainConfig) -> str:
     """Returns run.name, or what evaluations call a run without a name: sft, kd/fkl and so on."""
-    objective = config.objective
+    approach = config.objective.approach
     if config.run.name:
         return config.run.name
-    return "sft" if objective.approach == "sft" else f"{objective.approach}/{objective.divergence}"
+    return approach if approach in CE_ONLY else f"{approach}/{config.objective.divergence}"
 
 
 def read_metrics(path: Path) -> list[MetricsLine]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from distilllens.config import CE_ONLY
 from distilllens.report.run_record import RunRecord
 from distilllens.report.tables import MISSING
 
@@ -35,7 +36,7 @@ def runs_to_rich(runs: Sequence[RunRecord]) -> Table:
 def _describe(run: RunRecord) -> dict[str, str]:
     config = run.config
     objective, optim = config.objective, config.optim
-    is_sft = objective.approach == "sft"
+    ce_only = objective.approach in CE_ONLY
     has_lens = objective.approach == "distill_lens"
     lens = objective.lens
     best = run.best_dev()
@@ -44,13 +45,14 @@ def _describe(run: RunRecord) -> dict[str, str]:
         "folder": _from_here(run.folder),
         "state": str(run.status.get("state", MISSING)),
         "approach": objective.approach,
-        "divergence": MISSING if is_sft else objective.divergence,
-        "kd_ratio": MISSING if is_sft else f"{objective.kd_ratio:g}",
+        "divergence": MISSING if ce_only else objective.divergence,
+        "kd_ratio": MISSING if ce_only else f"{objective.kd_ratio:g}",
         "lens": f"{lens.coeff:g} × {lens.divergence}, norm {lens.norm}" if has_lens else MISSING,
         "layer pairs (teacher→student)": pairs or MISSING,
         "teacher": config.model.teacher or MISSING,
         "student": config.model.student,
         "data": config.data.path,
+        "generated answers": config.data.generated or MISSING,
         "data fingerprint": _short(run.data.get("fingerprint")),
         "records": _counts({k: v for k, v in run.data.items() if k != "fingerprint"}),
         "learning rate": f"{optim.lr:g} → {optim.lr_min:g}, {optim.schedule}",

@@ -14,15 +14,14 @@ from rich.table import Table
 from distilllens.config import EvaluateConfig, TrainConfig, load_config, load_evaluate_config
 from distilllens.errors import ConfigError
 from distilllens.parsing import did_you_mean, raise_problems
-from distilllens.runs import RunFolder, is_finished, newest_state, redact
+from distilllens.resume import course_of
+from distilllens.runs import RunFolder, is_finished, newest_state
 from distilllens.sweep.spec import Layers, Sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where train.py and evaluate.py are."""
 BUDGET = ("data.", "optim.", "eval.", "model.student", "model.dtype", "deepspeed")
 """What the options begin with that decide what a training may use, and where it starts."""
-WATCHING = ("run.", "tracking.", "dry_run", "debug", "model.teacher_cache")
-"""Of options that do not change the course of a training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,24 +148,9 @@ def _start(sweep: Sweep, script: str) -> list[str]:
 # --- The budget ---------------------------------------------------------------------------------
 
 
-def flatten(config: TrainConfig) -> dict[str, Any]:
-    """Returns every option by its dotted key, as a run's config.yaml tells it."""
-    return _flatten(dataclasses.asdict(config), "")
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = redact(value) if isinstance(value, str) else value
-    return flat
-
-
 def unequal_options(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     """Returns the options of the budget in which methods differ: option → method → value."""
-    flat = {method: flatten(config) for method, config in configs.items()}
+    flat = {method: course_of(config) for method, config in configs.items()}
     keys = dict.fromkeys(key for options in flat.values() for key in options)
     values = {
         key: {method: options.get(key) for method, options in flat.items()}
@@ -188,7 +172,7 @@ def refused_options(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, dict[str, 
     """
     # The grid and the seeds are the same for all methods: one cell of each tells all.
     first = {cell.method: cell.config for cell in reversed(cells)}
-    options = {key for config in first.values() for key in flatten(config)}
+    options = {key for config in first.values() for key in course_of(config)}
     known = {key for key in options if key.startswith(BUDGET)}
     raise_problems(
         [
@@ -240,16 +224,13 @@ def check_stored(cells: Sequence[Cell]) -> None:
         if not is_finished(cell.folder) and newest_state(cell.folder) is None:
             continue
         try:
-            stored = flatten(load_config(["--config", str(cell.folder.config)]))
+            stored = course_of(load_config(["--config", str(cell.folder.config)]))
         except ConfigError as error:
             problems.append(f"{cell.folder.root}: {error.what}")
             continue
-        wanted = flatten(cell.config)
+        wanted = course_of(cell.config)
         keys = [
-            key
-            for key in dict.fromkeys([*wanted, *stored])
-            if (key == "run.seed" or not key.startswith(WATCHING))
-            and wanted.get(key) != stored.get(key)
+            key for key in dict.fromkeys([*wanted, *stored]) if wanted.get(key) != stored.get(key)
         ]
         if keys:
             told = ", ".join(f"{key} {stored.get(key)} → {wanted.get(key)}" for key in keys)

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The one place that starts train.py and evaluate.py. Sourced by the scripts after their line gpus=.
+# The one place that starts train.py, evaluate.py and generate. Sourced by the scripts after their line gpus=.
 # shellcheck source=scripts/lib/project.sh
 source "$(dirname "${BASH_SOURCE[0]}")/project.sh"
 # shellcheck source=scripts/lib/processes.sh
@@ -10,8 +10,9 @@ processes=$(count_processes "${gpus:-1}") launched=0
 
 launch_train() { launch "$(value_of --run.output_dir "$@")" train.py "$@"; }
 launch_evaluate() { launch "$(value_of --output_dir "$@")" evaluate.py "$@"; }
+launch_generate() { launch "$(value_of --data.generated "$@")" -m distilllens generate "$@"; }
 
-launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the run's own exit code
+launch() { # FOLDER SCRIPT|-m MODULE ARGUMENT…: runs it on all processes; returns the run's own exit code
   local status="$1/status.json" begin child left own waiting=1 code=0 command
   start_with "$((launched++))"
   command+=("${@:2}")
@@ -29,8 +30,7 @@ launch() { # FOLDER SCRIPT ARGUMENT…: runs it on all processes; returns the ru
     waiting=0
     wait "$child" && code=0 || code=$?
   done
-  trap - TERM INT
-  own=$(<"$left") && rm -f "$left"
+  trap - TERM INT && own=$(<"$left") && rm -f "$left"
   ((code == 0)) || code=${own:-$(python scripts/lib/own_code.py "$status" "$begin" "$code")}
   return "$code"
 }

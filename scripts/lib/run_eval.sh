@@ -28,7 +28,7 @@ evaluate_all() { # FLAG…: passed on to every evaluate.py, after all else, so t
 told_runs() { # → the best/ folders of $approaches × $types, with their training seeds if they have; then $also
   local approach type run
   for approach in ${approaches:?}; do
-    for type in $([[ $approach == sft ]] && echo ce || echo "${types:?}"); do
+    for type in $([[ " sft seqkd " == *" $approach "* ]] && echo ce || echo "${types:?}"); do
       run="results/train/${CKPT_NAME:?}/$approach/$type"
       { compgen -G "$run/seed*/best" || echo "$run/best"; } | sort -V
     done

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The loop behind every train_all.sh, over the lines that users edit: one run for each type and seed in
-#   results/train/CKPT/APPROACH/TYPE[/seedN]/      (TYPE of sft, which has no divergence: ce)
+#   results/train/CKPT/APPROACH/TYPE[/seedN]/      (TYPE of sft and seqkd, which have no divergence: ce)
 # shellcheck source=scripts/lib/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 

@@ -21,9 +21,12 @@ SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("
 COMMANDS = [path for path in SCRIPTS if path.parent.name not in ("lib", "launch")]
 TRAIN = [path for path in COMMANDS if path.name == "train_all.sh"]
 EVALUATE = [path for path in COMMANDS if path.name == "run_eval.sh"]
+GENERATE = [path for path in COMMANDS if path.name == "generate_data.sh"]
+CE_ONLY = ("sft", "seqkd")
 SETTINGS = (
     "DRY_RUN GPUS MODEL TYPES SEEDS SETS ALSO APPROACHES CKPT_NAME PROCESSES NNODES NODE_RANK "
-    "MASTER_ADDR MASTER_PORT HOSTFILE RESTARTS SAVE_SECONDS OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
+    "SEED LIMIT GENERATED MASTER_ADDR MASTER_PORT HOSTFILE RESTARTS SAVE_SECONDS OMP_NUM_THREADS "
+    "CUDA_VISIBLE_DEVICES"
 ).split()
 """Of the environment, read by the scripts: not the tester's."""
 
@@ -88,6 +91,11 @@ def parse_train(arguments: tuple[str, ...]) -> TrainConfig:
     return load_config(arguments)
 
 
+def generate_configs(commands: list[list[str]]) -> list[TrainConfig]:
+    found = [words for words in commands if "generate" in words]
+    return [parse_train(tuple(words[words.index("generate") + 1 :])) for words in found]
+
+
 @cache
 def parse_evaluate(arguments: tuple[str, ...]) -> EvaluateConfig:
     return load_evaluate_config(arguments)
@@ -131,6 +139,7 @@ def test_dry_run_prints_commands_and_makes_nothing(path: Path, tree: Tree) -> No
     assert tree.files() == before
     train_configs(commands)
     evaluate_configs(commands)
+    generate_configs(commands)
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=relative)
@@ -144,7 +153,7 @@ def test_flags_reach_every_training(path: Path, tree: Tree) -> None:
 @pytest.mark.parametrize("path", TRAIN, ids=relative)
 def test_training_script_writes_where_its_folder_says(path: Path, tree: Tree) -> None:
     approach = path.parent.name
-    types = "ce" if approach == "sft" else "fkl+rkl jsd"
+    types = "ce" if approach in CE_ONLY else "fkl+rkl jsd"
     configs = train_configs(tree.dry_run(relative(path), TYPES=types, CKPT_NAME="mine"))
     assert [c.run.output_dir for c in configs] == [
         f"results/train/mine/{approach}/{type}" for type in types.split()
@@ -152,7 +161,33 @@ def test_training_script_writes_where_its_folder_says(path: Path, tree: Tree) ->
     for config in configs:
         assert config.objective.approach == approach
         assert config.model.student == "checkpoints/mine"
-        assert approach == "sft" or config.run.output_dir.endswith(config.objective.divergence)
+        assert approach in CE_ONLY or config.run.output_dir.endswith(config.objective.divergence)
+
+
+@pytest.mark.parametrize("path", GENERATE, ids=relative)
+def test_generated_answers_are_those_that_are_trained_on(path: Path, tree: Tree) -> None:
+    """The same folder, teacher, records and dev set in both scripts of a family, for all models."""
+    train = relative(path).replace("tools/generate_data.sh", "seqkd/train_all.sh")
+    for model in ("base", "medium") if "gpt2" in train else ("",):
+        settings = {"MODEL": model} if model else {}
+        (made,) = generate_configs(tree.dry_run(relative(path), "--generate.samples", "2"))
+        (used,) = train_configs(tree.dry_run(train, **settings))
+        assert made.generate.samples == 2
+        assert made.data == used.data and made.data.generated
+        assert made.data.generated.startswith("data/generated/")  # not in git
+        assert (made.model.teacher, made.model.teacher_lora) == (
+            used.model.teacher,
+            used.model.teacher_lora,
+        )
+        assert made.eval.dev_size == used.eval.dev_size
+        assert used.objective.approach == "seqkd"
+
+
+def test_generating_runs_on_all_gpus(tree: Tree) -> None:
+    tree.set_gpus(4)
+    (command,) = tree.dry_run("scripts/gpt2/tools/generate_data.sh")
+    start = "torchrun --standalone --nproc_per_node 4 -m distilllens generate"
+    assert command[3:10] == start.split()
 
 
 def test_several_seeds_get_folders_of_their_own(tree: Tree) -> None:
@@ -207,7 +242,9 @@ def test_evaluation_scores_what_training_wrote(path: Path, tree: Tree) -> None:
     ]
     for folder in trained:
         (tree.root / folder / "best").mkdir(parents=True)
-    assert len(tree.dry_run(relative(path))) == 1 + 2 * 5  # sft, five types of kd and distill_lens
+    assert (
+        len(tree.dry_run(relative(path))) == 2 + 2 * 5
+    )  # sft, seqkd, five types of kd and distill_lens
     configs = evaluate_configs(tree.dry_run(relative(path), **rkl))
     assert {f"{folder}/best" for folder in trained} == {c.checkpoint for c in configs}
     for config in configs:

@@ -331,7 +331,7 @@ FLAGS: dict[str, str] = {
     "--eval.seeds " + "[" * 3000: r"eval\.seeds",
     "--eval.seeds []": r"eval\.seeds must not be empty",
     "--eval.top_p 0": r"eval\.top_p=0\.0 must be in \(0, 1\]",
-    "--objective.approach seqkd": r"objective\.approach.*seqkd",
+    "--objective.approach seqdk": r"objective\.approach.*seqdk",
     "--objective.divergence kl": r"objective\.divergence.*kl",
     "--objective.lens {a": r"objective\.lens",
     "--objective.lens.weights [.inf,1]": r"objective\.lens\.weights=\[inf, 1\.0\] must be a finite",

@@ -228,6 +228,7 @@ def test_debug_shows_the_traceback(
     [
         ("objective: {approach: distill_lens, divergence: rkl}", "distill_lens/rkl"),
         ("objective: {approach: sft, divergence: rkl}", "sft"),
+        ("objective: {approach: seqkd, divergence: rkl}", "seqkd"),
         ("run: {name: mine}\nobjective: {approach: kd, divergence: fkl}", "mine"),
         ("something: else", "run"),
     ],

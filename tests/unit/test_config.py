@@ -103,6 +103,8 @@ def test_bare_switches() -> None:
 
 def test_sft_needs_no_teacher() -> None:
     assert load_config(["--objective.approach", "sft"]).model.teacher is None
+    seqkd = ["--objective.approach", "seqkd", "--data.generated", "answers"]
+    assert load_config(seqkd).model.teacher is None
     assert load_config(["--objective.kd_ratio", "0"]).model.teacher is None
     with pytest.raises(ConfigError, match=r"model.teacher is needed by objective.approach=kd"):
         load_config(["--objective.approach", "kd"])
@@ -138,7 +140,7 @@ def test_flags_are_not_abbreviated() -> None:
         ("objective.lens.teacher_layers", "[1.5]"),
         ("objective.lens.norm", "fnal"),
         ("objective.divergence", "kl"),
-        ("objective.approach", "seqkd"),
+        ("objective.approach", "seqdk"),
         ("model.gradient_checkpointing", "maybe"),
         ("tracking.wandb", "on"),
     ],

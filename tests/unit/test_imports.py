@@ -20,7 +20,7 @@ FLOORS = """
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
     hidden objective student teacher_cache setup memory cache_teacher loader numerics_guard
-    evaluation report tracking export resume sweep checkpoint trainer session doctor
+    evaluation generate report tracking export resume sweep checkpoint trainer session doctor
     __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""

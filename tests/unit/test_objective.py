@@ -29,8 +29,9 @@ def objective(lens: dict[str, Any] | None = None, **options: Any) -> Distillatio
     return DistillationObjective(ObjectiveConfig(lens=LensConfig(**(lens or {})), **options), PAIRS)
 
 
-def test_sft_is_cross_entropy_alone() -> None:
-    sft = objective(approach="sft", kd_ratio=0.5)
+@pytest.mark.parametrize("approach", ["sft", "seqkd"])
+def test_sft_is_cross_entropy_alone(approach: str) -> None:
+    sft = objective(approach=approach, kd_ratio=0.5)
     assert not sft.needs_teacher and sft.pairs == ()
     (term,) = sft.terms(rows(4, 0), None, TARGETS, scale=3.0)
     assert term.cross_entropy_weight == 3.0

@@ -4,7 +4,7 @@
 set -euo pipefail
 
 model="${MODEL:-base}"                               # "base" or "medium"
-approaches="${APPROACHES:-sft kd distill_lens}"      # those of them that are trained
+approaches="${APPROACHES:-sft seqkd kd distill_lens}" # those of them that are trained
 types="${TYPES:-fkl rkl fkl+rkl jsd akl}"            # those of them that are trained
 sets="${SETS:-dolly self_inst vicuna sinst uinst}"   # those of them that are under data/
 seeds="${SEEDS:-10 20 30 40 50}"                     # sampling seeds

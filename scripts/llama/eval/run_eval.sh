@@ -3,7 +3,7 @@
 #   bash scripts/llama/eval/run_eval.sh [--section.key value …]     DRY_RUN=1: only print the commands
 set -euo pipefail
 
-approaches="${APPROACHES:-sft kd distill_lens}"      # those of them that are trained
+approaches="${APPROACHES:-sft seqkd kd distill_lens}" # those of them that are trained
 types="${TYPES:-fkl rkl fkl+rkl jsd akl}"            # those of them that are trained
 sets="${SETS:-dolly self_inst vicuna sinst uinst}"   # those of them that are under data/
 seeds="${SEEDS:-10 20 30 40 50}"                     # sampling seeds

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sequence-level distillation: fine-tunes TinyLlama-1.1B on answers of checkpoints/SFT-Llama-7B,
+# which tools/generate_data.sh beside this folder makes first.
+#   bash scripts/llama/seqkd/train_all.sh [--section.key value …]     DRY_RUN=1: only print the commands
+set -euo pipefail
+
+types="ce"                                           # cross entropy: there is no divergence to choose
+gpus="${GPUS:-4}"                                    # of this machine; fewer are used if fewer are there
+seeds="${SEEDS:-10}"                                 # training seeds, one run each: "10 20 30"
+CKPT_NAME="${CKPT_NAME:-TinyLlama-1.1B}"             # the student, a folder under checkpoints/
+generated="${GENERATED:-data/generated/SFT-Llama-7B}"  # the teacher's answers
+
+approach="seqkd"
+configs=(base models/tinyllama "objectives/$approach" "paper/tinyllama-$approach")
+# shellcheck source=scripts/lib/train_all.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../lib/train_all.sh"
+train_all --data.generated "$generated" "$@"
