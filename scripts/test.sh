@@ -28,4 +28,5 @@ step ruff format --check .
 mapfile -t scripts < <(find scripts .ci -type f \( -name '*.sh' -o -name '*.sbatch' -o -name run \) | sort)
 step shellcheck "${scripts[@]}"
 step mypy
+step python scripts/lib/audit.py
 step python -m pytest -n "${TEST_PROCESSES:-2}" "${options[@]}"
