@@ -401,6 +401,39 @@ def test_a_disk_that_is_really_full(
     assert command(["export", str(run.root), "--to", str(workspace.root / "last")]) == 0
 
 
+def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(_: object) -> None:
+        raise AssertionError("a model was asked for")
+
+    monkeypatch.setattr("distilllens.session.plan_run", plan)
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_any_model_loads(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_to_load(monkeypatch)
+    (workspace.root / "file").write_text("mine")
+    for out in ("file", "file/below", "file/far/below"):
+        assert main(workspace.flags(out=out)) == 6
+        error = capsys.readouterr().err
+        assert "error[DL-STORAGE]" in error and str(workspace.root / "file") in error
+    assert (workspace.root / "file").read_text() == "mine"
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_model_loads(
+    workspace: Workspace,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refuse_to_load(monkeypatch)
+    (small_disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for out in ("run", "new"):
+        assert main(workspace.flags("--run.output_dir", str(small_disk / out))) == 6
+        assert "error[DL-STORAGE]" in capsys.readouterr().err
+
+
 # --- Two processes ------------------------------------------------------------------------------
 
 
