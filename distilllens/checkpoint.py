@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
@@ -77,8 +77,14 @@ __all__ = [
 
 STATE_FILE = "state.json"
 DEEPSPEED_FOLDER = "deepspeed"
-DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 """All that DeepSpeed's files may hold beside tensors and plain values."""
+
+NOT_COURSE = (
+    *("run", "tracking", "dry_run", "debug"),
+    *("model.teacher_cache", "model.teacher_placement"),
+)
+"""Options that a resumed run may change."""
 
 Result = TypeVar("Result")
 logger = logging.getLogger("distilllens")
@@ -361,7 +367,7 @@ def _check_loaded(engine: Any, state: TrainState, folder: Path) -> None:
             f"{folder}: DeepSpeed is at step {engine.global_steps}, the counters at {state.step}"
         )
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if state.step > 0:
+    if state.step > engine.skipped_steps:  # float16 may have skipped all so far
         owned = [p for group in optimizer.param_groups for p in group["params"] if p.numel() > 0]
         bare = [p for p in owned if not {"exp_avg", "exp_avg_sq"} <= optimizer.state[p].keys()]
         if bare:
@@ -562,10 +568,10 @@ def check_same_facts(state: Path, facts: dict[str, Any]) -> None:
 
 
 def _course(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens the options that shape a run; how it is watched and where a cache lies do not."""
+    """Flattens the options that shape a run; how it is watched and where things lie do not."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if prefix + name in ("run", "tracking", "dry_run", "debug", "model.teacher_cache"):
+        if prefix + name in NOT_COURSE:
             continue
         if isinstance(value, dict):
             flat |= _course(value, f"{prefix}{name}.")

@@ -18,11 +18,17 @@ class NumericsGuard:
     Args:
         optimizer: With ``fused=True``.
         device: Of the values.
+        flag_device: Of the optimizer's states, if they are kept elsewhere.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, device: torch.device) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.AdamW,
+        device: torch.device,
+        flag_device: torch.device | None = None,
+    ) -> None:
         assert optimizer.defaults["fused"], "found_inf is an attribute of the fused optimizer"
-        self.optimizer = optimizer
+        self.optimizer, self.flag_device = optimizer, flag_device or device
         self.first_bad = torch.full((), torch.inf, device=device)
 
     def watch(self, values: Tensor, step: int) -> None:
@@ -30,7 +36,9 @@ class NumericsGuard:
         is_bad = (~torch.isfinite(values)).any()
         bad_step = torch.where(is_bad, float(step), torch.inf)
         self.first_bad = torch.minimum(self.first_bad, distributed.min_over_ranks(bad_step))
-        self.optimizer.found_inf = torch.isfinite(self.first_bad).float()  # type: ignore[attr-defined]
+        found_inf = torch.isfinite(self.first_bad).float()
+        # PyTorch itself would copy it to a CPU without waiting, and read what is there already.
+        self.optimizer.found_inf = found_inf.to(self.flag_device)  # type: ignore[attr-defined]
 
     def bad_step(self) -> int | None:
         """Returns the first step whose update was refused, or None; waits for the device."""

@@ -37,6 +37,7 @@ from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
 from distilllens.faults import reach
 from distilllens.loader import StepBatches, StepLoader
+from distilllens.loss_scale import check_float16_runs, is_at_smallest_scale, smallest_scale_error
 from distilllens.numerics_guard import NumericsGuard
 from distilllens.runs import RunFolder, write_status
 from distilllens.schedule import learning_rate
@@ -100,7 +101,9 @@ class Trainer:
             pin=device.type == "cuda",
         )
         optimizer = build_optimizer(module, self.config)
-        self.guard = NumericsGuard(optimizer, device)
+        self.guard = NumericsGuard(optimizer, device, plan.optimizer_device)
+        if plan.dtype == torch.float16:
+            check_float16_runs()
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=plan.deepspeed
         )
@@ -176,22 +179,50 @@ class Trainer:
             if isinstance(self.teacher, Teacher):
                 teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N, positions_BT)
             loss, sums_K2 = self.engine(
-                batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows, scale, positions_BT
+                batch.input_ids_BT,
+                batch.rows_N,
+                batch.targets_N,
+                teacher_rows,
+                scale * self.loss_scale,
+                positions_BT,
             )
+            loss = loss / self.loss_scale  # DeepSpeed's backward multiplies by it again
             if reach("step.loss", step=self.state.step + 1):
                 loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
             self.engine.backward(loss)
             step_sums_K2 += sums_K2
             if number == count:
+                self.totals.sums_K2 += step_sums_K2
+                self.totals.tokens += batches.num_tokens
                 self.guard.watch(step_sums_K2, self.state.step + 1)
                 self._set_learning_rate()
                 reach("step.before_update", step=self.state.step + 1)
-            self.engine.step()
+            self._update()
         self.state.step += 1
         reach("step.after_update", step=self.state.step)
-        self.totals.sums_K2 += step_sums_K2
-        self.totals.tokens += batches.num_tokens
         self.totals.steps += 1
+
+    def _update(self) -> None:
+        """Has DeepSpeed update the weights, or in float16 skip the step and lower its scale.
+
+        Raises:
+            NumericsError: The scale cannot be lowered any more.
+        """
+        try:
+            self.engine.step()
+        except Exception as error:
+            if not is_at_smallest_scale(error):
+                raise
+            self.refuse_non_finite()  # then that is the reason
+            raise smallest_scale_error(self.state.step + 1, kept=self._kept_model()) from error
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor by which DeepSpeed keeps small float16 gradients from vanishing; else 1.
+
+        The fused loss makes its gradients in the forward pass, so it needs the factor there.
+        """
+        return float(self.engine.optimizer.loss_scale) if self.plan.dtype == torch.float16 else 1.0
 
     def refuse_non_finite(self) -> None:
         """Stops if any loss component of any process was NaN or infinite since the last look.
@@ -204,13 +235,16 @@ class Trainer:
         sums = distributed.sum_over_ranks(self.totals.sums_K2).tolist()
         losses = self.plan.objective.losses(sums, self.totals.tokens)
         parts = ", ".join(f"{name}={value:.4g}" for name, value in losses.items())
-        kept = self.folder.latest
         raise NumericsError(
             f"non-finite loss at step {step} ({parts})",
             why="a loss or its logits overflowed; the update was not made",
             fix="lower --optim.lr, add --optim.warmup, or use a float32 DeepSpeed file",
-            kept=str(kept) if kept.is_dir() else "no model was saved yet",
+            kept=self._kept_model(),
         )
+
+    def _kept_model(self) -> str:
+        kept = self.folder.latest
+        return str(kept) if kept.is_dir() else "no model was saved yet"
 
     def _set_learning_rate(self) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -247,6 +281,9 @@ class Trainer:
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         if (norm := self.engine.get_global_grad_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)
+        if self.plan.dtype == torch.float16:
+            metrics["train/loss_scale"] = self.loss_scale
+            metrics["train/skipped_steps"] = self.engine.skipped_steps
         metrics["perf/step_s"] = seconds / totals.steps
         metrics["perf/response_tokens_per_s"] = totals.tokens / seconds
         metrics["perf/data_wait_pct"] = 100 * totals.data_s / seconds

@@ -18,8 +18,8 @@ FLOORS = """
     libraries errors parsing config faults manifest distributed signals schedule lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
-    objective student teacher_cache setup memory cache_teacher loader numerics_guard
-    evaluation report tracking export checkpoint trainer session doctor
+    objective student sharding teacher_cache setup memory cache_teacher loader numerics_guard
+    evaluation report tracking export checkpoint loss_scale trainer session doctor
     __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""

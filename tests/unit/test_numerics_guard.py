@@ -45,3 +45,11 @@ def test_finite_values_pass_unseen() -> None:
         plain.step()
     assert torch.equal(weight, twin)
     assert guard.bad_step() is None
+
+
+def test_the_flag_goes_where_the_states_are() -> None:
+    """With states on the CPU the optimizer steps there, while losses come from the device."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(3))], fused=True)
+    elsewhere = torch.device("meta")
+    NumericsGuard(optimizer, CPU, elsewhere).watch(torch.tensor([1.0]), 1)
+    assert optimizer.found_inf.device == elsewhere  # type: ignore[attr-defined]
