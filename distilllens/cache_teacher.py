@@ -153,6 +153,13 @@ def plan_cache(config: TrainConfig, device: torch.device, console: Console) -> C
     """
     if config.model.teacher_cache is None:
         raise ConfigError("cache-teacher needs --model.teacher_cache, the folder to write")
+    if config.model.teacher_placement != "device" and distributed.world_size() > 1:
+        raise ConfigError(
+            f"cache-teacher by several processes needs model.teacher_placement=device, not "
+            f"{config.model.teacher_placement}",
+            why="each takes records of its own, and parts are gathered by all together",
+            fix="start one process, with --model.teacher_placement cpu if the teacher does not fit",
+        )
     plan, folder = plan_run(config), Path(config.model.teacher_cache)
     if plan.teacher_config is None:
         raise ConfigError(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 DEEPSPEED_FOLDER = "deepspeed"
-DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 """All that DeepSpeed's files may hold beside tensors and plain values."""
 
 logger = logging.getLogger("distilllens")
@@ -323,7 +323,7 @@ def _check_loaded(engine: Any, state: TrainState, folder: Path) -> None:
             f"{folder}: DeepSpeed is at step {engine.global_steps}, the counters at {state.step}"
         )
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if state.step > 0:
+    if state.step > engine.skipped_steps:  # float16 may have skipped all so far
         owned = [p for group in optimizer.param_groups for p in group["params"] if p.numel() > 0]
         bare = [p for p in owned if not {"exp_avg", "exp_avg_sq"} <= optimizer.state[p].keys()]
         if bare:

@@ -72,11 +72,18 @@ class ModelConfig:
     """Folder (or hub name) of the student, a Hugging Face causal language model."""
     teacher: str | None = None
     """Folder (or hub name) of the frozen teacher; needed by kd and distill_lens."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Training precision; auto: bfloat16 if the DeepSpeed file enables bf16, else float32."""
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Training precision; auto: bfloat16 or float16 if the DeepSpeed file enables it, else
+    float32."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The teacher's precision; auto: the same as dtype (when it generates: if that is auto too, the
     checkpoint's)."""
+    teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Keep the teacher's linear layers in 8 or 4 bits (bitsandbytes); its norms and its head, which
+    the lens reads, stay in teacher_dtype. A teacher_lora then runs beside them, not merged."""
+    teacher_placement: Literal["device", "cpu", "sharded"] = "device"
+    """device: whole on each device; sharded: its body in parts, one per process, gathered block by
+    block (ZeRO-3); cpu: the parts stay in the memory of the CPUs and are streamed from there."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation of both models; auto: what transformers chooses."""
     gradient_checkpointing: bool = False
@@ -444,6 +451,13 @@ def train_problems(config: TrainConfig) -> list[str]:
         ),
         "model.trust_remote_code needs model.revision": (
             not model.trust_remote_code or bool(model.revision)
+        ),
+        f"model.teacher_placement={model.teacher_placement} needs teacher_quantization=none": (
+            model.teacher_placement == "device" or model.teacher_quantization == "none"
+        ),
+        "model.compile needs model.teacher_placement=device and teacher_quantization=none": (
+            not model.compile
+            or (model.teacher_placement == "device" and model.teacher_quantization == "none")
         ),
         f"data.max_prompt_length={data.max_prompt_length} must be in [1, data.max_length)": (
             1 <= data.max_prompt_length < data.max_length

@@ -37,6 +37,7 @@ from distilllens.evaluation.generation import check_context_window, generate_ans
 from distilllens.evaluation.protocol import DTYPES, local_device, process_group
 from distilllens.evaluation.provenance import checkpoint_fingerprint, differences
 from distilllens.evaluation.sampling import example_seed
+from distilllens.families import base_model
 from distilllens.libraries import quiet_libraries
 from distilllens.manifest import HashedFile, sync
 from distilllens.models import load_model_config, load_teacher, load_tokenizer
@@ -167,6 +168,12 @@ def plan_generation(config: TrainConfig) -> GenerateJob:
     if data.generated is None or model.teacher is None:
         missing = "--data.generated, the folder to write" if model.teacher else "--model.teacher"
         raise ConfigError(f"generate needs {missing}")
+    if model.teacher_placement != "device":
+        raise ConfigError(
+            f"generate needs model.teacher_placement=device, not {model.teacher_placement}",
+            why="each process answers prompts of its own, with a whole teacher",
+            fix="--model.teacher_quantization 8bit or 4bit, if it does not fit",
+        )
     folder = Path(data.generated)
     check_folder(folder)
     trust, revision = model.trust_remote_code, model.revision
@@ -247,6 +254,7 @@ def generation_key(config: TrainConfig, *, raw_sha256: str) -> dict[str, Any]:
         "teacher": checkpoint_fingerprint(model.teacher, model.revision),
         "teacher_lora": None if adapter is None else checkpoint_fingerprint(adapter),
         "teacher_dtype": teacher_dtype(model),
+        "teacher_quantization": model.teacher_quantization,
         "attention": model.attention,
         **{f"generate.{k}": v for k, v in settings.items() if k not in NOT_IN_THE_KEY},
         "format_version": FORMAT_VERSION,
@@ -302,9 +310,10 @@ def answer_shards(
         ConfigError, NumericsError, StorageError, Stopped: As `generate`.
     """
     console.print("loading the teacher …")
-    model = load_teacher(job.config.model, dtype=DTYPES[teacher_dtype(job.config.model)])
-    module: torch.nn.Module = model
+    teacher = load_teacher(job.config.model, dtype=DTYPES[teacher_dtype(job.config.model)])
+    module: torch.nn.Module = teacher
     module.to(local_device())
+    model = base_model(teacher)
     total = sum(shard.stop - shard.first for shard in shards) * job.config.generate.samples
     with track("answering", "answers", total=total, console=console) as advance:
 

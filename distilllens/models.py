@@ -7,13 +7,14 @@ their own, pickles and sizes that no model has are refused, and nothing of them 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
@@ -27,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -152,6 +154,7 @@ def load_model(
     attention: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode; weights from safetensors only.
 
@@ -161,6 +164,7 @@ def load_model(
         attention: Attention implementation, or ``auto``.
         trust_remote_code: Run Python code that comes with the model.
         revision: Commit hash of a hub repository.
+        quantization: Fewer bits for its linear layers, all but the head; None: as ``dtype`` says.
 
     Raises:
         ConfigError: Not there, pickled weights, unknown family, a shape that does not fit.
@@ -171,6 +175,8 @@ def load_model(
     _check_amount(path, config, trust_remote_code=trust_remote_code)
     offline = _check_source(path, "config.json", revision)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -195,11 +201,15 @@ def load_model(
     return model.eval()
 
 
-def load_teacher(config: ModelConfig, *, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_teacher(config: ModelConfig, *, dtype: torch.dtype | None) -> PreTrainedModel | PeftModel:
     """Loads the teacher, merges its adapter if it has one, and freezes it; dtype as `load_model`.
 
+    The adapter of a quantised teacher stays beside its layers: merged, it would be rounded with
+    them.
+
     Raises:
-        ConfigError: As `load_model`; an adapter that is not there or does not fit.
+        ConfigError: As `load_model`; an adapter that is not there or does not fit; bitsandbytes is
+            not installed.
     """
     assert config.teacher is not None
     model = load_model(
@@ -208,6 +218,7 @@ def load_teacher(config: ModelConfig, *, dtype: torch.dtype | None) -> PreTraine
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
+        quantization=quantization_settings(config.teacher_quantization, dtype),
     )
     if config.teacher_lora is not None:
         _check_adapter(config.teacher_lora)
@@ -218,8 +229,36 @@ def load_teacher(config: ModelConfig, *, dtype: torch.dtype | None) -> PreTraine
                 f"the adapter {config.teacher_lora} does not fit {config.teacher}",
                 why=_first_line(error),
             ) from None
+        if config.teacher_quantization != "none":
+            return adapted.eval().requires_grad_(False)
         model = adapted.merge_and_unload()
     return model.eval().requires_grad_(False)
+
+
+def quantization_settings(
+    kind: Literal["none", "8bit", "4bit"], dtype: torch.dtype | None
+) -> BitsAndBytesConfig | None:
+    """Returns how a model's linear layers are quantised; None: not at all.
+
+    Args:
+        kind: ``8bit``: LLM.int8 (Dettmers et al. 2022); ``4bit``: NF4 (Dettmers et al. 2023).
+        dtype: In which 4 bits are computed with; None: float32.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if kind == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.teacher_quantization={kind} needs bitsandbytes, which is not installed",
+            fix="bash scripts/setup.sh quant, or python -m pip install 'bitsandbytes>=0.50'",
+        )
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def load_student(config: ModelConfig, *, dtype: torch.dtype) -> nn.Module:

@@ -40,6 +40,7 @@ class NumericsGuard:
         optimizer: With ``fused=True``.
         parameters: Names and parameters; of those that are trained, gradients are watched.
         device: Of the values.
+        flag_device: Of the optimizer's states, if they are kept elsewhere.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class NumericsGuard:
         optimizer: torch.optim.AdamW,
         parameters: Iterable[tuple[str, nn.Parameter]],
         device: torch.device,
+        flag_device: torch.device | None = None,
     ) -> None:
         assert optimizer.defaults["fused"], "found_inf is an attribute of the fused optimizer"
-        self.optimizer = optimizer
+        self.optimizer, self.flag_device = optimizer, flag_device or device
         self.first_bad = torch.full((), torch.inf, device=device)
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         self.names = [name for name, _ in trained]
@@ -68,7 +70,9 @@ class NumericsGuard:
         is_bad = (~torch.isfinite(values)).any()
         bad_step = torch.where(is_bad, float(seen.step), torch.inf)
         self.first_bad = torch.minimum(self.first_bad, distributed.min_over_ranks(bad_step))
-        self.optimizer.found_inf = torch.isfinite(self.first_bad).float()  # type: ignore[attr-defined]
+        found_inf = torch.isfinite(self.first_bad).float()
+        # PyTorch itself would copy it to a CPU without waiting, and read what is there already.
+        self.optimizer.found_inf = found_inf.to(self.flag_device)  # type: ignore[attr-defined]
         self.seen.append(seen)
 
     def bad_step(self) -> WatchedStep | None:

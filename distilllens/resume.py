@@ -19,7 +19,10 @@ from distilllens.runs import RunFolder, redact
 
 STATE_FILE = "state.json"
 """Of a saved state: counters and options as JSON."""
-BESIDE_THE_COURSE = ("run", "tracking", "generate", "dry_run", "debug", "model.teacher_cache")
+BESIDE_THE_COURSE = (
+    *("run", "tracking", "generate", "dry_run", "debug"),
+    *("model.teacher_cache", "model.teacher_placement"),
+)
 """Options that a run may be continued without; but ``run.seed`` must stay."""
 
 logger = logging.getLogger("distilllens")

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distilllens import distributed
 from distilllens.chunks import Unembedding
-from distilllens.config import TrainConfig
+from distilllens.config import ModelConfig, TrainConfig
 from distilllens.data.tokenize import PreparedData, prepare_dataset
 from distilllens.errors import ConfigError, DataError
 from distilllens.families import compile_blocks, freeze_unreached_, no_decay_parameters
@@ -29,15 +29,19 @@ from distilllens.models import (
     load_teacher,
     load_tokenizer,
     num_blocks,
+    quantization_settings,
     shared_vocab_size,
     vocab_rows,
 )
 from distilllens.nodes import refuse_together
 from distilllens.objective import DistillationObjective
+from distilllens.sharding import divide_body
 from distilllens.student import DistillationModule, Teacher
 from distilllens.teacher_cache import CachedTeacher, open_teacher_cache
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""How the names of DeepSpeed's files say it."""
 OURS_IN_DEEPSPEED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -47,6 +51,8 @@ OURS_IN_DEEPSPEED = (
     "scheduler",
 )
 """Keys that come from the configuration's ``optim`` section instead."""
+OFFLOAD_STAGES = {"offload_optimizer": 1, "offload_param": 3}
+"""The ZeRO stage from which DeepSpeed can keep each on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,12 @@ class Plan:
     def zero_stage(self) -> int:
         """ZeRO stage of the DeepSpeed file."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def optimizer_device(self) -> torch.device | None:
+        """Where the DeepSpeed file keeps the optimizer's states, if not on the run's device."""
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return torch.device("cpu") if offload.get("device", "none") == "cpu" else None
 
 
 def plan_run(config: TrainConfig) -> Plan:
@@ -102,7 +114,9 @@ def plan_run(config: TrainConfig) -> Plan:
         check_same_tokens(model_tokenizer(config.model.teacher), tokenizer)
         vocab_size, note = shared_vocab_size(vocab_rows(teacher_config), vocab_size, len(tokenizer))
         notes += [note] if note else []
+        notes += _teacher_notes(config.model)
     teacher_dtype = config.model.teacher_dtype
+    quantization_settings(config.model.teacher_quantization, dtype)  # is it installed?
     return Plan(
         config=config,
         deepspeed=deepspeed_config,
@@ -116,6 +130,18 @@ def plan_run(config: TrainConfig) -> Plan:
         vocab_size=vocab_size,
         notes=notes,
     )
+
+
+def _teacher_notes(model: ModelConfig) -> list[str]:
+    """Tells where and how the teacher is kept, if not whole on each device."""
+    if model.teacher_cache is not None:
+        return []
+    if model.teacher_quantization != "none":
+        return [f"teacher's linear layers in {model.teacher_quantization}, all but its head"]
+    places = {"sharded": "on the devices", "cpu": "in the memory of the CPUs"}
+    if model.teacher_placement == "device":
+        return []
+    return [f"teacher's body in one part per process, {places[model.teacher_placement]}"]
 
 
 def _layer_pairs(
@@ -161,30 +187,73 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int or stage not in range(4):
         raise ConfigError(f"deepspeed={path}: the ZeRO stage must be 0 to 3, got {stage!r:.60}")
-    if content.get("fp16", {}).get("enabled", False):
-        raise ConfigError(f"deepspeed={path}: fp16 is not supported", fix="use a bf16 file")
-    bf16 = bool(content.get("bf16", {}).get("enabled", False))
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    precision = _precision(content, path, stage)
     wanted = config.model.dtype
-    if wanted != "auto" and DTYPES[wanted] is not dtype:
+    if wanted not in ("auto", precision):
         raise ConfigError(
-            f"model.dtype={wanted}, but {path} has bf16 {'on' if bf16 else 'off'}",
-            fix=f"choose configs/deepspeed/*_{'bf16' if wanted == 'bfloat16' else 'fp32'}.json",
+            f"model.dtype={wanted}, but {path} is for {FILE_PRECISIONS[precision]}",
+            fix=f"choose configs/deepspeed/*_{FILE_PRECISIONS[wanted]}.json",
         )
-    if bf16 and stage == 0:
-        raise ConfigError(
-            f"deepspeed={path}: bf16 needs ZeRO stage 1 or more",
-            why="stage 0 makes the first bf16 updates too small",
-            fix="--deepspeed configs/deepspeed/zero1_bf16.json, also with one process",
-        )
+    _check_offload(content, path, stage)
     optim = config.optim
     content |= {
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": optim.accumulation,
         "gradient_clipping": optim.clip_grad,
         "steps_per_print": 10**9,
+        # With states on the CPU too it shall take our optimizer: its own one is compiled at the
+        # start, and cannot refuse an update as `numerics_guard` asks.
+        "zero_force_ds_cpu_optimizer": False,
     }
-    return content, dtype
+    return content, DTYPES[precision]
+
+
+def _precision(content: dict[str, Any], path: Path, stage: int) -> str:
+    """Returns the training precision of a DeepSpeed file, a key of `DTYPES`."""
+    fp16, bf16 = content.get("fp16", {}), content.get("bf16", {})
+    if fp16.get("enabled", False) and bf16.get("enabled", False):
+        raise ConfigError(f"deepspeed={path}: fp16 and bf16 are both on")
+    if fp16.get("enabled", False):
+        if stage == 0:
+            raise ConfigError(
+                f"deepspeed={path}: fp16 needs ZeRO stage 1 or more",
+                fix="--deepspeed configs/deepspeed/zero1_fp16.json, also with one process",
+            )
+        if fp16.get("loss_scale", 0) != 0:
+            raise ConfigError(
+                f"deepspeed={path}: fp16.loss_scale={fp16['loss_scale']!r:.60} must be 0, dynamic",
+                why="with a fixed scale a run can skip its steps for ever",
+            )
+        return "float16"
+    if bf16.get("enabled", False):
+        if stage == 0:
+            raise ConfigError(
+                f"deepspeed={path}: bf16 needs ZeRO stage 1 or more",
+                why="stage 0 makes the first bf16 updates too small",
+                fix="--deepspeed configs/deepspeed/zero1_bf16.json, also with one process",
+            )
+        return "bfloat16"
+    return "float32"
+
+
+def _check_offload(content: dict[str, Any], path: Path, stage: int) -> None:
+    """Refuses offload that DeepSpeed would not do, or not with this optimizer."""
+    for name, least in OFFLOAD_STAGES.items():
+        offload = content.get("zero_optimization", {}).get(name) or {}
+        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        if device not in ("none", "cpu"):
+            raise ConfigError(
+                f"deepspeed={path}: {name}.device must be none or cpu, got {device!r:.60}"
+            )
+        if device == "cpu" and stage < least:
+            raise ConfigError(
+                f"deepspeed={path}: {name} needs ZeRO stage {least} or more, the file has {stage}"
+            )
+        if device == "cpu" and offload.get("ratio", 1.0) != 1.0:
+            raise ConfigError(
+                f"deepspeed={path}: {name}.ratio must be 1",
+                why="states on both sides need DeepSpeed's own optimizer",
+            )
 
 
 def load_data(plan: Plan) -> PreparedData:
@@ -296,8 +365,14 @@ def run_teacher(plan: Plan, data: PreparedData, device: torch.device) -> Teacher
         ConfigError: Weights cannot be loaded, or the lens does not give the model's own logits.
     """
     model: nn.Module = load_teacher(plan.config.model, dtype=plan.teacher_dtype)
-    lens = _checked_lens(model.to(device), plan, data)
-    return Teacher(lens, [pair.teacher for pair in plan.objective.pairs])
+    placement = plan.config.model.teacher_placement
+    if placement == "device":
+        engine = None
+        model.to(device)
+    else:
+        engine = divide_body(model, device, dtype=plan.teacher_dtype, on_cpu=placement == "cpu")
+    lens = _checked_lens(model, plan, data)
+    return Teacher(lens, [pair.teacher for pair in plan.objective.pairs], engine)
 
 
 def build_module(
@@ -341,7 +416,7 @@ def _checked_lens(model: nn.Module, plan: Plan, data: PreparedData) -> LogitLens
     """Returns a model's lens after its checks; then the model is compiled, if that is asked for."""
     lens = LogitLens(model, plan.config.objective.lens.norm)
     check_ids = data.train[0]["prompt_ids"][:16]
-    check_ids_BT = torch.tensor([check_ids], device=next(model.parameters()).device)
+    check_ids_BT = torch.tensor([check_ids], device=lens.parts.head.weight.device)
     lens.self_check(check_ids_BT)
     if plan.config.data.packing:
         lens.packing_check(check_ids_BT)

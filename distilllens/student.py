@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, N response rows, D student width, E teacher width, K 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,17 +48,22 @@ class Teacher:
     Args:
         lens: Of the teacher's model, which is in evaluation mode and has no gradients.
         layers: Blocks of the layer pairs, counted from 1.
+        engine: What gathers a teacher in parts (`sharding`), block by block; None: it is whole.
     """
 
-    def __init__(self, lens: LogitLens, layers: list[int]) -> None:
-        self.lens, self.layers = lens, layers
+    def __init__(self, lens: LogitLens, layers: list[int], engine: Any = None) -> None:
+        self.lens, self.layers, self.engine = lens, layers, engine
 
-    @torch.inference_mode()
     def rows(
         self, input_ids_BT: Tensor, rows_N: Tensor, position_ids_BT: Tensor | None = None
     ) -> Rows:
-        """Returns the response rows [N, E] of the last and the paired blocks; see `lens_rows`."""
-        return lens_rows(self.lens, self.layers, input_ids_BT, rows_N, position_ids_BT)
+        """Returns the response rows [N, E] of the last and the paired blocks; see `lens_rows`.
+
+        All processes must call it together if the teacher is in parts.
+        """
+        # What is gathered must be writable later, which inference mode would not allow.
+        with torch.inference_mode() if self.engine is None else torch.no_grad():
+            return lens_rows(self.lens, self.layers, input_ids_BT, rows_N, position_ids_BT)
 
     def unembedding(self) -> Unembedding:
         """Returns the teacher's head."""

@@ -165,6 +165,8 @@ def cache_key(
         "bits": model.teacher_cache_bits,
         "format_version": FORMAT_VERSION,
     }
+    if model.teacher_quantization != "none":  # so that caches from before this option still serve
+        key["teacher_quantization"] = model.teacher_quantization
     return key, files
 
 

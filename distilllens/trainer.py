@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distilllens import distributed
+from distilllens.bad_step import bad_step_error
 from distilllens.checkpoint import (
     StateParts,
     TrainState,
@@ -31,15 +32,14 @@ from distilllens.data.collate import collate_columns
 from distilllens.data.encode import tokenizer_fingerprint
 from distilllens.data.records import read_records
 from distilllens.data.tokenize import PreparedData
-from distilllens.distributed import together
-from distilllens.errors import NumericsError
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
 from distilllens.faults import reach
 from distilllens.loader import StepBatches, StepLoader
+from distilllens.loss_scale import check_float16_runs, is_at_smallest_scale, smallest_scale_error
 from distilllens.numerics_guard import NumericsGuard, WatchedStep
 from distilllens.resume import check_same_facts
-from distilllens.runs import RunFolder, newest_state, write_json, write_status
+from distilllens.runs import RunFolder, newest_state, write_status
 from distilllens.schedule import learning_rate, lens_share
 from distilllens.setup import Plan, StepCount, build_optimizer
 from distilllens.signals import Request, Stopped, StopRequest
@@ -123,7 +123,11 @@ class Trainer:
             pin=device.type == "cuda",
         )
         optimizer = build_optimizer(module, self.config)
-        self.guard = NumericsGuard(optimizer, module.named_parameters(), device)
+        watched = [] if plan.dtype == torch.float16 else module.named_parameters()
+        # In float16 a gradient that overflows is normal: DeepSpeed skips it and lowers its scale.
+        self.guard = NumericsGuard(optimizer, watched, device, plan.optimizer_device)
+        if plan.dtype == torch.float16:
+            check_float16_runs()
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=plan.deepspeed
         )
@@ -201,7 +205,8 @@ class Trainer:
             if isinstance(self.teacher, Teacher):
                 teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N, positions_BT)
             inputs = (batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows)
-            loss, sums_K2 = self.engine(*inputs, scale, positions_BT, share)
+            loss, sums_K2 = self.engine(*inputs, scale * self.loss_scale, positions_BT, share)
+            loss = loss / self.loss_scale  # DeepSpeed's backward multiplies by it again
             if reach("step.loss", step=self.state.step + 1):
                 loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
             if reach("step.gradient", step=self.state.step + 1):
@@ -212,7 +217,7 @@ class Trainer:
                 self._watch(step_sums_K2, batches)
                 self._set_learning_rate()
                 reach("step.before_update", step=self.state.step + 1)
-            self.engine.step()
+            self._update()
         self.state.step += 1
         reach("step.after_update", step=self.state.step)
         self.totals.sums_K2 += step_sums_K2
@@ -232,6 +237,28 @@ class Trainer:
             )
         )
 
+    def _update(self) -> None:
+        """Has DeepSpeed update the weights, or in float16 skip the step and lower its scale.
+
+        Raises:
+            NumericsError: The scale cannot be lowered any more.
+        """
+        try:
+            self.engine.step()
+        except Exception as error:
+            if not is_at_smallest_scale(error):
+                raise
+            self.refuse_non_finite()  # then that is the reason
+            raise smallest_scale_error(self.state.step + 1, kept=self._kept()) from error
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor by which DeepSpeed keeps small float16 gradients from vanishing; else 1.
+
+        The fused loss makes its gradients in the forward pass, so it needs the factor there.
+        """
+        return float(self.engine.optimizer.loss_scale) if self.plan.dtype == torch.float16 else 1.0
+
     def refuse_non_finite(self) -> None:
         """Stops if a loss or gradient of any process was not finite since the last look.
 
@@ -242,44 +269,15 @@ class Trainer:
         if (bad := self.guard.bad_step()) is None:
             return
         share = lens_share(self.config.objective.lens, bad.step - 1, self.steps.total_steps)
-        losses = self._mean_losses(bad.sums_K2, share * bad.sums_K2, bad.num_tokens)
-        reports = [report for report in together(lambda: self._report(bad)) if report is not None]
-        is_loss = not all(map(math.isfinite, losses.values()))
-        parts = ", ".join(f"{name}={value:.4g}" for name, value in losses.items())
-        where = "; ".join(f"rank {r['rank']}, records {_listed(r['records'])}" for r in reports)
-        names = [name for report in reports for name in report["gradients"]]
-        raise NumericsError(
-            f"non-finite {'loss' if is_loss else 'gradient'} at step {bad.step} ({parts}); {where}",
-            why="a loss or its logits overflowed; the update was not made"
-            if is_loss
-            else f"the loss is finite, the gradients of {_listed(names)} are not; "
-            "the update was not made",
-            fix="lower --optim.lr, add --optim.warmup, or use a float32 DeepSpeed file; the batch: "
-            + ", ".join(report["file"] for report in reports),
+        raise bad_step_error(
+            bad,
+            losses=self._mean_losses(bad.sums_K2, share * bad.sums_K2, bad.num_tokens),
+            gradients=self.guard.bad_gradients(),
+            folder=self.folder,
+            records=self.data.train,
+            tokenizer=self.plan.tokenizer,
             kept=self._kept(),
         )
-
-    def _report(self, bad: WatchedStep) -> dict[str, Any] | None:
-        """Writes down what this process did in a bad step; None if nothing of its own was bad."""
-        gradients = self.guard.bad_gradients()
-        if bad.sums_K2.isfinite().all() and not gradients:
-            return None
-        path = self.folder.bad_batch(bad.step, self.rank)
-        records = self.data.train.select(bad.records)
-        report = {
-            "step": bad.step,
-            "rank": self.rank,
-            "records": list(bad.records),
-            "gradients": gradients,
-        }
-        decode = self.plan.tokenizer.decode
-        details = {
-            "sums": bad.sums_K2.tolist(),
-            "texts": [[decode(r["prompt_ids"]), decode(r["response_ids"])] for r in records],
-            "input_ids": [batch.input_ids_BT.tolist() for batch in bad.batches],
-        }
-        write_json(path, report | details)
-        return report | {"file": str(path)}
 
     def _kept(self) -> str:
         state, model = newest_state(self.folder), self.folder.latest
@@ -331,6 +329,9 @@ class Trainer:
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         if (norm := self.engine.get_global_grad_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)
+        if self.plan.dtype == torch.float16:
+            metrics["train/loss_scale"] = self.loss_scale
+            metrics["train/skipped_steps"] = self.engine.skipped_steps
         metrics["perf/step_s"] = seconds / totals.steps
         metrics["perf/response_tokens_per_s"] = totals.tokens / seconds
         metrics["perf/data_wait_pct"] = 100 * totals.data_s / seconds
@@ -483,8 +484,3 @@ class Trainer:
         for sums in saved:
             if sums["sums_K2"].shape == self.totals.sums_K2.shape:  # else of other layer pairs
                 self.totals.add(sums)
-
-
-def _listed(items: Sequence[object], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(map(str, items[:most])) + more

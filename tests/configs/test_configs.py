@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilllens.config import load_config, load_evaluate_config
+from distilllens.config import TrainConfig, load_config, load_evaluate_config
 from distilllens.errors import ConfigError
+from distilllens.setup import DTYPES, load_deepspeed_config
 from distilllens.sweep.cells import (
     build_cells,
     evaluate_config,
@@ -68,18 +69,35 @@ def test_evaluation_protocol_loads(protocol: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "deepspeed").iterdir()), ids=lambda p: p.name)
-def test_deepspeed_file_holds_stage_and_precision_only(path: Path) -> None:
+def test_deepspeed_file_holds_what_its_name_says(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
-    stage, precision = path.stem.split("_")
-    assert content == {
-        "zero_optimization": {"stage": int(stage.removeprefix("zero"))},
-        "bf16": {"enabled": precision == "bf16"},
+    stage, *offload, precision = path.stem.split("_")
+    zero: dict[str, object] = {"stage": int(stage.removeprefix("zero"))}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if "params" in offload:
+        zero["offload_param"] = {"device": "cpu"}
+    assert content["zero_optimization"] == zero
+    assert offload in ([], ["offload"], ["offload", "params"])
+    _, dtype = load_deepspeed_config(TrainConfig(deepspeed=str(path)))
+    assert dtype == DTYPES[{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]]
+    scale = {
+        "initial_scale_power": 16,  # 65,536
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
     }
+    settings = (
+        {"fp16": {"enabled": True, **scale}}
+        if precision == "fp16"
+        else {"bf16": {"enabled": precision == "bf16"}}
+    )
+    assert content == {"zero_optimization": zero, **settings}
 
 
-def test_no_bf16_without_zero() -> None:
-    """Stage 0 in bf16 makes the first updates too small."""
-    assert not (CONFIGS / "deepspeed" / "zero0_bf16.json").exists()
+def test_no_16_bits_without_zero() -> None:
+    """Stage 0 in bf16 makes the first updates too small; in fp16 it was not tried."""
+    assert [path.name for path in (CONFIGS / "deepspeed").glob("zero0*")] == ["zero0_fp32.json"]
 
 
 @pytest.mark.parametrize("name", names("sweeps"))

@@ -634,7 +634,7 @@ DEEPSPEED_FILES: dict[str, tuple[str | bytes, str]] = {
     "noise": (b"\xff\xfe", r"ds\.json: not JSON"),
     "a list": ("[]", r"ds\.json: expected a JSON object"),
     "an optimizer": ('{"optimizer": {}}', r"ds\.json: remove optimizer"),
-    "fp16": ('{"fp16": {"enabled": true}}', r"ds\.json: fp16 is not supported"),
+    "fp16 with stage 0": ('{"fp16": {"enabled": true}}', r"ds\.json: fp16 needs ZeRO stage 1"),
     "deep": ("[" * 100_000, r"ds\.json: not JSON"),
     "a number for a section": ('{"bf16": 7}', r"ds\.json: bf16 must be an object, got 7"),
     "a list for a section": ('{"zero_optimization": []}', "zero_optimization must be an object"),

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from distilllens import cache_teacher, teacher_cache
+from distilllens import cache_teacher, distributed, teacher_cache
 from distilllens.__main__ import main as command
 from distilllens.config import load_config
 from distilllens.data.collate import collate
@@ -352,6 +352,7 @@ LENS = "--objective.lens"
         ({"teacher"}, other_teacher, ()),
         ({"teacher_lora"}, an_adapter, ("--model.teacher_lora", "ROOT/adapter")),
         ({"teacher_dtype"}, None, ("--model.teacher_dtype", "bfloat16")),
+        ({"teacher_quantization"}, None, ("--model.teacher_quantization", "8bit")),
         (
             {"teacher_layers"},
             None,
@@ -387,6 +388,18 @@ def test_a_cache_of_something_else_is_refused_by_name(
     assert run_command(arguments) == 2
     assert caught.value.what in capsys.readouterr().err
     assert files(workspace.root / "cache") == before
+
+
+def test_processes_of_their_own_records_cannot_share_a_teacher(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher in parts is gathered by all together, and each would wait for the others."""
+    flags = cache_flags(workspace, "--model.teacher_placement", "sharded")
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "world_size", lambda: 2)
+        assert run_command(flags) == 2
+    assert "needs model.teacher_placement=device, not sharded" in capsys.readouterr().err
+    assert run_command(flags) == 0
 
 
 def test_shards_of_something_else_are_refused_before_there_is_a_manifest(

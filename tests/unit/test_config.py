@@ -169,6 +169,12 @@ def test_broken_command_lines(flags: tuple[str, ...]) -> None:
     [
         ("--run.seed -1", "run.seed=-1 must be ≥ 0"),
         ("--data.max_prompt_length 512", "data.max_prompt_length=512 must be in [1, data.max_len"),
+        (
+            "--model.teacher_placement cpu --model.teacher_quantization 8bit",
+            "model.teacher_placement=cpu needs teacher_quantization=none",
+        ),
+        ("--model.teacher_placement cpu --model.compile true", "model.compile needs model.teacher"),
+        ("--model.teacher_quantization 4bit --model.compile true", "model.compile needs model.tea"),
         ("--data.train_size 0", "data.train_size=0 must be ≥ 1"),
         ("--objective.kd_ratio 1.1", "objective.kd_ratio=1.1 must be in [0, 1]"),
         ("--objective.temperature 0", "objective.temperature=0.0 must be > 0"),

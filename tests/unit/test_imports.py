@@ -19,8 +19,10 @@ FLOORS = """
     lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
-    hidden objective student teacher_cache setup memory cache_teacher loader numerics_guard
-    evaluation generate report tracking export resume sweep checkpoint trainer session doctor
+    hidden objective student sharding teacher_cache setup memory cache_teacher loader
+    numerics_guard
+    evaluation generate report tracking export resume sweep checkpoint loss_scale bad_step
+    trainer session doctor
     __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,17 @@ from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from distilllens.config import LoraConfig, ModelConfig
 from distilllens.errors import ConfigError
+from distilllens.families import find_parts, run_body
+from distilllens.lens import LogitLens
 from distilllens.models import (
     check_same_tokens,
     load_model,
@@ -354,6 +362,77 @@ def test_teacher_adapter_is_merged(
         assert not torch.allclose(plain(input_ids=IDS).logits, expected, atol=1e-2)
     assert type(teacher) is LlamaForCausalLM
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+QUANTISED = {"8bit": (0.35, 0.05), "4bit": (0.25, 0.35)}
+"""Largest share of a block's bytes that is left, and relative error of the last hidden states."""
+
+
+def held_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+@pytest.mark.parametrize("bits", QUANTISED)
+@pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_llama", "tiny_qwen2"])
+def test_quantised_teacher(
+    tmp_path: Path, family: str, bits: Any, request: pytest.FixtureRequest
+) -> None:
+    """GPT-2 has Conv1D for linear layers; Llama's head is its own, the others' are tied."""
+    build: Callable[..., PreTrainedModel] = request.getfixturevalue(family)
+    full = build(n_embd=128)
+    full.save_pretrained(tmp_path)
+    config = ModelConfig(teacher=str(tmp_path), teacher_quantization=bits)
+    teacher = load_teacher(config, dtype=torch.float32)
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    parts, whole = find_parts(teacher), find_parts(full)
+    most_bytes, most_error = QUANTISED[bits]
+    assert held_bytes(parts.blocks) < most_bytes * held_bytes(whole.blocks)
+    assert torch.equal(parts.head.weight, whole.head.weight)
+    for name, parameter in parts.final_norm.named_parameters():
+        assert torch.equal(parameter, whole.final_norm.get_parameter(name))
+    with torch.no_grad():
+        hidden, expected = (run_body(p, IDS)[0] for p in (parts, whole))
+    assert 1e-4 < ((hidden - expected).norm() / expected.norm()).item() < most_error
+    LogitLens(teacher).self_check(IDS)
+
+
+@pytest.mark.parametrize("bits", QUANTISED)
+def test_quantised_teacher_keeps_its_adapter(
+    tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM], bits: Any
+) -> None:
+    """Beside the rounded layers, in its own precision: it is in the output, and exactly."""
+    tiny_llama(n_embd=128).save_pretrained(tmp_path / "base")
+    settings = PeftLoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
+    adapted = get_peft_model(tiny_llama(n_embd=128), settings).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    config = ModelConfig(
+        teacher=str(tmp_path / "base"),
+        teacher_lora=str(tmp_path / "adapter"),
+        teacher_quantization=bits,
+    )
+    teacher = load_teacher(config, dtype=torch.float32)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    stored = {name: p for name, p in teacher.named_parameters() if "lora_" in name}
+    assert stored and all(torch.equal(p, adapted.get_parameter(n)) for n, p in stored.items())
+    with torch.no_grad():
+        hidden, expected = (run_body(find_parts(m), IDS)[0] for m in (teacher, adapted))
+        plain = load_teacher(dataclasses.replace(config, teacher_lora=None), dtype=torch.float32)
+        without = run_body(find_parts(plain), IDS)[0]
+    error, effect = ((h - expected).norm() / expected.norm() for h in (hidden, without))
+    assert error < QUANTISED[bits][1] and effect > 2 * error
+    LogitLens(teacher).self_check(IDS)
+
+
+def test_quantisation_needs_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    config = ModelConfig(teacher=str(folder), teacher_quantization="4bit")
+    with pytest.raises(ConfigError, match="4bit needs bitsandbytes") as caught:
+        load_teacher(config, dtype=torch.float32)
+    assert "scripts/setup.sh quant" in caught.value.fix
 
 
 def test_adapter_that_is_missing_or_does_not_fit(

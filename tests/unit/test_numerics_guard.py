@@ -78,3 +78,11 @@ def test_a_gradient_that_is_not_finite_is_seen_where_the_losses_are(bad: float) 
     found = guard.bad_step()
     assert found is not None and found.step == 2
     assert guard.bad_gradients() == ["weight"]
+
+
+def test_the_flag_goes_where_the_states_are() -> None:
+    """With states on the CPU the optimizer steps there, while losses come from the device."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(3))], fused=True)
+    elsewhere = torch.device("meta")
+    NumericsGuard(optimizer, [], CPU, elsewhere).watch(seen(1, [1.0]))
+    assert optimizer.found_inf.device == elsewhere  # type: ignore[attr-defined]

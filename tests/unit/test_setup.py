@@ -79,6 +79,11 @@ def load(tmp_path: Path, content: Any, dtype: Any = "auto") -> tuple[dict[str, A
 
 
 BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+FP16 = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+
+
+def offload(stage: int, **parts: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **parts}}
 
 
 def test_optim_section_goes_into_the_deepspeed_file(tmp_path: Path) -> None:
@@ -89,6 +94,8 @@ def test_optim_section_goes_into_the_deepspeed_file(tmp_path: Path) -> None:
     assert content["gradient_clipping"] == 0.25
     assert content["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert load(tmp_path, BF16)[1] == load(tmp_path, BF16, "bfloat16")[1] == torch.bfloat16
+    assert load(tmp_path, FP16)[1] == load(tmp_path, FP16, "float16")[1] == torch.float16
+    assert content["zero_force_ds_cpu_optimizer"] is False  # our AdamW also beside the CPU's states
 
 
 @pytest.mark.parametrize(
@@ -99,10 +106,22 @@ def test_optim_section_goes_into_the_deepspeed_file(tmp_path: Path) -> None:
         ({"optimizer": {}, "scheduler": {}}, "auto", "remove optimizer, scheduler"),
         ({"train_batch_size": 8}, "auto", "remove train_batch_size"),
         ({"gradient_clipping": 1}, "auto", "remove gradient_clipping"),
-        ({"fp16": {"enabled": True}}, "auto", "fp16 is not supported"),
+        ({"fp16": {"enabled": True}}, "auto", "fp16 needs ZeRO stage 1 or more"),
+        (BF16 | {"fp16": {"enabled": True}}, "auto", "fp16 and bf16 are both on"),
+        (FP16 | {"fp16": {"enabled": True, "loss_scale": 128}}, "auto", "loss_scale=128 must be 0"),
         ({"bf16": {"enabled": True}}, "auto", "bf16 needs ZeRO stage 1 or more"),
-        (BF16, "float32", "model.dtype=float32, but .* has bf16 on"),
-        ({}, "bfloat16", "model.dtype=bfloat16, but .* has bf16 off"),
+        (BF16, "float32", "model.dtype=float32, but .* is for bf16"),
+        (FP16, "bfloat16", "model.dtype=bfloat16, but .* is for fp16"),
+        ({}, "bfloat16", "model.dtype=bfloat16, but .* is for fp32"),
+        (offload(0, offload_optimizer={"device": "cpu"}), "auto", "needs ZeRO stage 1 or more"),
+        (offload(2, offload_param={"device": "cpu"}), "auto", "offload_param needs ZeRO stage 3"),
+        (offload(3, offload_param={"device": "nvme"}), "auto", "must be none or cpu, got 'nvme'"),
+        (offload(3, offload_optimizer=True), "auto", "must be none or cpu, got True"),
+        (
+            offload(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            "auto",
+            r"offload_optimizer\.ratio must be 1",
+        ),
     ],
 )
 def test_refused_deepspeed_files(tmp_path: Path, content: Any, dtype: str, told: str) -> None:
