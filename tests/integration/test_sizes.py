@@ -230,7 +230,7 @@ def test_an_overflow_at_the_smallest_scale_ends_the_run(
     assert main(wide.flags(*SHORT, "--deepspeed", file)) == 5
     error = capsys.readouterr().err
     assert "error[DL-NUMERICS]: gradients overflow float16 at step 3" in error
-    assert "fix: a bf16 DeepSpeed file" in error and "kept: no model was saved yet" in error
+    assert "fix: a bf16 DeepSpeed file" in error and "kept: nothing was saved yet" in error
 
 
 @pytest.mark.usefixtures("float16")

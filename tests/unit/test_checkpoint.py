@@ -371,7 +371,7 @@ def test_another_number_of_processes_keeps_the_global_batch(
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     if not fix:
         check_same_config(tmp_path / "step-5", optim(*cut))
-        with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 → 0\.1"):
+        with pytest.raises(CheckpointError, match=r"optim\.lr  0\.001 → 0\.1"):
             check_same_config(tmp_path / "step-5", optim(*cut, lr=0.1))
         return
     with pytest.raises(CheckpointError) as caught:
@@ -384,7 +384,7 @@ def test_another_number_of_processes_keeps_the_global_batch(
 
 def test_with_one_number_of_processes_the_cut_must_stay(tmp_path: Path) -> None:
     commit(tmp_path, 5, config=optim(16, 2))
-    with pytest.raises(CheckpointError, match=r"optim\.accumulation: 2 → 4"):
+    with pytest.raises(CheckpointError, match=r"optim\.accumulation +2 → 4"):
         check_same_config(tmp_path / "step-5", optim(8, 4))
 
 
