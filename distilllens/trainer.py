@@ -36,6 +36,7 @@ from distilllens.errors import NumericsError
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
 from distilllens.faults import reach
+from distilllens.layer_choice import pair_records
 from distilllens.loader import StepBatches, StepLoader
 from distilllens.numerics_guard import NumericsGuard, WatchedStep
 from distilllens.resume import check_same_facts
@@ -447,6 +448,7 @@ class Trainer:
             "zero_stage": self.plan.zero_stage,
             "data_fingerprint": self.data.fingerprint,
             "tokenizer_sha256": self.tokenizer_sha256,
+            "layer_pairs": pair_records(self.plan),
         }
 
     def resume(self, state: Path) -> None:

@@ -18,7 +18,8 @@ FLOORS = """
     libraries errors watchdog parsing config faults manifest distributed signals schedule lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
-    objective student teacher_cache setup memory cache_teacher loader numerics_guard
+    lens_matrix objective student teacher_cache setup layer_choice memory cache_teacher loader
+    numerics_guard
     evaluation report tracking export resume checkpoint trainer session doctor
     __main__
 """.split()
