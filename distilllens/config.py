@@ -24,6 +24,7 @@ from distilllens.parsing import parse_arguments, raise_problems
 CE_ONLY = ("sft", "seqkd")
 """Approaches that compare with no teacher."""
 
+LayerRule = Literal["proportional", "every_n", "last_k", "explicit", "lens_similarity"]
 DivergenceKind = Literal["fkl", "rkl", "fkl+rkl", "jsd", "akl", "skew_fkl", "skew_rkl", "tvd"]
 
 
@@ -151,13 +152,22 @@ class LensConfig:
     train_head: bool = True
     """Let the lens term train the student's LM head too."""
     teacher_layers: list[int] | None = None
-    """Teacher blocks, i is the output of block i counted from 1; default: by rule."""
+    """Teacher blocks, i is the output of block i counted from 1; default: by rule. Lists that are
+    given hold with the rules proportional (the default) and explicit; others refuse them."""
     student_layers: list[int] | None = None
     """Student blocks, as many as teacher_layers."""
-    rule: Literal["proportional"] = "proportional"
-    """How layers are paired when none are given: at equal shares of the depth."""
+    rule: LayerRule = "proportional"
+    """How layers are paired. proportional: at equal shares of the depth; every_n: student blocks
+    every, 2 · every, … and the teacher's at the same depth; last_k: the count blocks before each
+    model's last; explicit: teacher_layers and student_layers must be given; lens_similarity: the
+    student blocks of proportional, each with the teacher block whose lens is most like its own
+    before training, in order. No rule takes a model's last block."""
     count: int = 5
-    """Number of pairs of the rule."""
+    """Number of pairs of proportional, last_k and lens_similarity (≥ 1)."""
+    every: int | None = None
+    """every_n: the n (≥ 1)."""
+    sample: int = 32
+    """lens_similarity: training records to measure on, drawn by run.seed (≥ 1)."""
     weights: list[float] | None = None
     """One weight for each pair, in order, scaled to a mean of 1; default: all equal."""
     depth_weights: Literal["equal", "deeper", "shallower"] = "equal"
@@ -479,6 +489,11 @@ def train_problems(config: TrainConfig) -> list[str]:
         f"objective.lens.coeff={lens.coeff} must be ≥ 0": lens.coeff >= 0,
         f"objective.lens.beta={lens.beta} must be in (0, 1)": 0 < lens.beta < 1,
         f"objective.lens.count={lens.count} must be ≥ 1": lens.count >= 1,
+        f"objective.lens.every={lens.every} must be ≥ 1": lens.every is None or lens.every >= 1,
+        "objective.lens.rule=every_n needs objective.lens.every": (
+            lens.rule != "every_n" or lens.every is not None
+        ),
+        f"objective.lens.sample={lens.sample} must be ≥ 1": lens.sample >= 1,
         "objective.lens.teacher_layers and student_layers must be given together": (
             (lens.teacher_layers is None) == (lens.student_layers is None)
         ),

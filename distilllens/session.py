@@ -34,7 +34,7 @@ from distilllens.errors import (
     leave_code,
 )
 from distilllens.faults import check_faults
-from distilllens.layers import layer_table
+from distilllens.layer_choice import measure_pairs, pair_records, pair_tables, restore_pairs
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
 from distilllens.memory import (
@@ -69,6 +69,7 @@ from distilllens.setup import (
     plan_run,
 )
 from distilllens.signals import Stopped, StopRequest, steady_screen
+from distilllens.student import Teacher
 from distilllens.tracking import Tracker
 from distilllens.trainer import Trainer
 from distilllens.watchdog import watching
@@ -101,7 +102,7 @@ def _session(arguments: list[str], held: ExitStack) -> int:
         distributed.barrier()  # the others must not find what the first process writes now
         folder = claimed
         run_id = secrets.token_hex(4) if resumed is None else saved_tracker_id(resumed)
-        with build_trainer(config, folder, device, arguments, run_id) as trainer:
+        with build_trainer(config, folder, device, arguments, run_id, resumed) as trainer:
             for line in filter(None, (note, changes)):
                 trainer.tracker.say(line)
             _train(trainer, folder, resumed)
@@ -187,11 +188,7 @@ def describe_plan(plan: Plan, data: PreparedData, steps: StepCount) -> list[Rend
             + (f", rows read from {cache}" if (cache := config.model.teacher_cache) else "")
         )
     lines += plan.notes
-    if plan.pairs and plan.teacher_config is not None:
-        table = layer_table(
-            plan.pairs, num_blocks(plan.teacher_config), num_blocks(plan.student_config)
-        )
-        lines.append(table)
+    lines += pair_tables(plan)
     lines.append(data.summary())
     lines.append(
         f"{config.objective.approach}: {steps.total_steps:,} steps of {steps.global_batch} "
@@ -227,6 +224,7 @@ def build_trainer(
     device: torch.device,
     arguments: Sequence[str],
     run_id: str = "",
+    resumed: Path | None = None,
 ) -> Iterator[Trainer]:
     """Builds everything a run needs and records what it is; yields a trainer at step 0.
 
@@ -236,6 +234,7 @@ def build_trainer(
         device: Of this process.
         arguments: Of the command line, for the record and the command that goes on.
         run_id: Of the run at the tracker.
+        resumed: The state that the run will go on from: measured layer pairs come from there.
 
     Raises:
         UserError: Whatever of models, data and options is missing or does not fit.
@@ -248,6 +247,8 @@ def build_trainer(
     with stop.listening(), _watched(config, folder, stop):
         torch.manual_seed(config.run.seed + distributed.rank())
         plan = plan_run(config)
+        if plan.pairs_are_open and resumed is not None:
+            plan = restore_pairs(plan, resumed)
         data = _wait_for_data(plan, stop)
         steps = count_steps(config, len(data.train), distributed.world_size())
         if distributed.is_main():
@@ -260,6 +261,13 @@ def build_trainer(
             tracker.say("loading weights …")
             teacher, head = build_teacher(plan, data, device)
             module = build_module(plan, data, device, head)
+            if plan.pairs_are_open:
+                assert isinstance(teacher, Teacher)
+                plan = measure_pairs(plan, teacher, module, data, tracker.console, stop)
+                for table in pair_tables(plan):
+                    tracker.say(table)
+                if distributed.is_main():
+                    write_json(folder.layers, pair_records(plan))
             yield Trainer(
                 plan,
                 module=module,
@@ -351,8 +359,8 @@ def _record(
     replace_text(folder.config, redact(dump_config(config)))
     write_json(folder.environment, environment_record(list(arguments)))
     write_json(folder.data, {"fingerprint": data.fingerprint, **data.stats})
-    if plan.pairs:
-        write_json(folder.layers, [dataclasses.asdict(pair) for pair in plan.pairs])
+    if plan.pairs and not plan.pairs_are_open:
+        write_json(folder.layers, pair_records(plan))
     step = _step(newest_state(folder))
     write_status(folder, state="running", code=None, step=step, resume_command=command)
 

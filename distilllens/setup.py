@@ -71,6 +71,15 @@ class Plan:
     vocab_size: int
     notes: list[str]
     """What the user should be told."""
+    divergence_KT: list[list[float]] | None = None
+    """What `layer_choice` has measured: lens divergence of each pair's student block and every
+    teacher block, in nats."""
+
+    @property
+    def pairs_are_open(self) -> bool:
+        """Whether the teacher's blocks in ``pairs`` only stand in for those to be measured."""
+        is_measured = self.config.objective.lens.rule == "lens_similarity"
+        return bool(self.pairs) and is_measured and self.divergence_KT is None
 
     @property
     def zero_stage(self) -> int:
@@ -148,13 +157,26 @@ def _layer_pairs(
     config: TrainConfig, teacher: PretrainedConfig, student: PretrainedConfig
 ) -> list[LayerPair]:
     lens = config.objective.lens
+    rule = lens.rule
+    if rule == "lens_similarity" and lens.teacher_layers is None:
+        if config.model.teacher_cache is not None:
+            raise ConfigError(
+                "objective.lens.rule=lens_similarity cannot be used with model.teacher_cache",
+                why="a cache holds the teacher's layers of known pairs; these are measured on the "
+                "teacher itself",
+                fix="start the run once without the cache, and give the pairs of its layers.json: "
+                "--objective.lens.rule explicit --objective.lens.teacher_layers [..] "
+                "--objective.lens.student_layers [..]",
+            )
+        rule = "proportional"  # the student's blocks; `layer_choice` finds the teacher's
     return build_layer_pairs(
         num_blocks(teacher),
         num_blocks(student),
         teacher=lens.teacher_layers,
         student=lens.student_layers,
-        rule=lens.rule,
+        rule=rule,
         count=lens.count,
+        every=lens.every,
     )
 
 

@@ -35,6 +35,7 @@ from distilllens.data.tokenize import PreparedData
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
 from distilllens.faults import reach
+from distilllens.layer_choice import pair_records
 from distilllens.loader import StepBatches, StepLoader
 from distilllens.loss_scale import check_float16_runs, is_at_smallest_scale, smallest_scale_error
 from distilllens.numerics_guard import NumericsGuard, WatchedStep
@@ -466,6 +467,7 @@ class Trainer:
             "zero_stage": self.plan.zero_stage,
             "data_fingerprint": self.data.fingerprint,
             "tokenizer_sha256": self.tokenizer_sha256,
+            "layer_pairs": pair_records(self.plan),
         }
 
     def resume(self, state: Path) -> None:

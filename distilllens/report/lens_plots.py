@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from distilllens.layers import LayerPair
-from distilllens.report.lens_map import LensMap
+from distilllens.lens_matrix import LensMap
 from distilllens.report.plots import Panel
 from distilllens.report.style import Theme, new_axes, themed
 

@@ -19,6 +19,7 @@ from distilllens.data.records import read_records
 from distilllens.data.tokenize import encode_prompts, encode_responses
 from distilllens.errors import ConfigError, DataError, UserError
 from distilllens.lens import LogitLens
+from distilllens.lens_matrix import LensMap, LensRows, collect_rows, compute_lens_map
 from distilllens.models import (
     check_same_tokens,
     load_model,
@@ -26,7 +27,6 @@ from distilllens.models import (
     load_tokenizer,
     shared_vocab_size,
 )
-from distilllens.report.lens_map import LensMap, LensRows, collect_rows, compute_lens_map
 from distilllens.report.run_record import RunRecord
 
 BATCH_SIZE = 8

@@ -19,8 +19,8 @@ FLOORS = """
     lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
-    hidden objective student sharding teacher_cache setup memory cache_teacher loader
-    numerics_guard
+    hidden lens_matrix objective student sharding teacher_cache setup layer_choice memory
+    cache_teacher loader numerics_guard
     evaluation generate report tracking export resume sweep checkpoint loss_scale bad_step
     trainer session doctor
     __main__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Callable
@@ -13,18 +14,20 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+from distilllens import lens_matrix
 from distilllens.data.collate import Batch, collate
-from distilllens.divergence import divergence
+from distilllens.divergence import DivergenceOptions, divergence
+from distilllens.families import run_body
 from distilllens.layers import LayerPair
 from distilllens.lens import LogitLens
-from distilllens.report.lens_map import (
+from distilllens.lens_matrix import (
     LensMap,
     LensRows,
     collect_rows,
     compute_lens_map,
-    entropy_csv,
-    lens_map_csv,
+    lens_divergences,
 )
+from distilllens.report.lens_map import entropy_csv, lens_map_csv
 from distilllens.report.lens_plots import colour_limit, lens_panels, plot_lens_map
 from distilllens.report.style import LIGHT, THEMES, figure_png
 
@@ -181,6 +184,63 @@ def test_padded_vocabulary_is_cut(tiny_gpt2: Gpt2, batches: list[Batch]) -> None
     expected = compute_lens_map(rows_of(plain, batches), student_rows)
     actual = compute_lens_map(rows_of(padded, batches), student_rows)
     np.testing.assert_allclose(actual.divergence_ST, expected.divergence_ST, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("jsd", DivergenceOptions()),
+        ("jsd", DivergenceOptions(beta=0.2)),
+        ("jsd", DivergenceOptions(top_k=5)),
+        ("fkl+rkl", DivergenceOptions(fkl_coeff=0.5)),
+        ("akl", DivergenceOptions(mu=0.3)),
+    ],
+)
+def test_any_divergence_between_some_layers(
+    tiny_gpt2: Gpt2, batches: list[Batch], kind: str, options: DivergenceOptions
+) -> None:
+    """Against the reference on whole logits, with a padded vocabulary and models of two widths."""
+    teacher = sharpened(tiny_gpt2(n_layer=4, vocab=310, seed=1)).double()
+    student = sharpened(tiny_gpt2(n_layer=5, n_embd=16, seed=2)).double()
+    done: list[int] = []
+    divergence_KT = lens_divergences(
+        kind,
+        options,
+        teacher=rows_of(teacher, batches),
+        student=collect_rows(LogitLens(student), batches, max_tokens=1000, layers=[2, 4]),
+        advance=done.append,
+    )
+    assert divergence_KT.shape == (2, 4) and sum(done) == 18
+    for k, t in ((0, 1), (1, 3)):
+        values = []
+        with torch.no_grad():
+            for batch in batches:
+                logits = []
+                for model, layer in ((teacher, t), (student, (2, 4)[k])):
+                    lens = LogitLens(model)
+                    _, hidden = run_body(lens.parts, batch.input_ids_BT, [layer])
+                    logits.append(lens.logits(hidden[layer]).flatten(0, 1)[batch.rows_N, :300])
+                p, q = logits
+                tuned = dataclasses.asdict(options)
+                values.append(divergence(kind, teacher_logits_NV=p, student_logits_NV=q, **tuned))
+        expected = torch.cat(values).mean().item()
+        assert expected > 1e-3
+        assert divergence_KT[k, t - 1] == pytest.approx(expected, abs=1e-9)
+
+
+def test_many_rows_are_compared_in_chunks(
+    tiny_gpt2: Gpt2, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [rows_of(sharpened(tiny_gpt2(seed=seed)), batches) for seed in (1, 2)]
+    options = DivergenceOptions()
+    whole = lens_divergences("fkl", options, teacher=rows[0], student=rows[1])
+    monkeypatch.setattr(lens_matrix, "TERM_ROWS", 7)
+    done: list[int] = []
+    chunked = lens_divergences(
+        "fkl", options, teacher=rows[0], student=rows[1], advance=done.append
+    )
+    assert done == [7, 7, 4]
+    np.testing.assert_allclose(chunked, whole, rtol=1e-5)
 
 
 def test_nothing_to_compare_is_an_error(tiny_gpt2: Gpt2, batches: list[Batch]) -> None:
