@@ -364,7 +364,7 @@ class EvaluateConfig:
     """Longest prompt in tokens; longer ones are dropped, counted and told."""
     bad_lines: Literal["error", "skip"] = "error"
     """What a broken record does: stop with file and line, or skip it and count."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto: that of the checkpoint."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto: what transformers chooses."""

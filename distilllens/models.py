@@ -1,27 +1,14 @@
-"""Loading: tokenizer, frozen teacher, student with or without LoRA; and whether they fit.
-
-Model folders come from strangers. Their JSON is read here before a library acts on it: code of
-their own, pickles and sizes that no model has are refused, and nothing of them runs.
-"""
+"""Loading: tokenizer, frozen teacher, student with or without LoRA; and whether they fit."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import json
-import math
-import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,29 +20,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from distilllens import distributed
 from distilllens.config import LoraConfig, ModelConfig
 from distilllens.errors import ConfigError
 from distilllens.libraries import quiet_libraries
-
-HUB_TIMEOUT_S = 5.0
-LARGEST_SETTINGS = 10_000_000
-"""Bytes of a config.json; the largest have some 100,000, most of it names of labels."""
-DEEPEST_SETTINGS = 30
-"""Levels of nesting in it."""
-COUNTS = re.compile(r"(layers?|labels|experts|blocks)$")
-"""Names of numbers of parts, of which a library makes an object each: 10⁹ fill the memory."""
-MOST_PARTS = 2_000
-LARGEST_SIZES = {
-    "num_hidden_layers": MOST_PARTS,
-    "hidden_size": 1_000_000,
-    "vocab_size": 10_000_000,
-}
-LONGEST_REASON = 300
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from distilllens.model_files import (
+    LARGEST_SIZES,
+    check_adapter,
+    check_amount,
+    check_settings,
+    check_source,
+    check_weights,
+    first_line,
+    unloadable,
+)
 
 
 def load_model_config(
@@ -68,8 +46,8 @@ def load_model_config(
             its config.json is broken, asks for code of its own without ``trust_remote_code``, has
             sizes that no model has, or is of a family that predicts no next token.
     """
-    offline = _check_source(path, "config.json", revision)
-    _check_settings(path, "config.json", trust_remote_code=trust_remote_code)
+    offline = check_source(path, "config.json", revision)
+    check_settings(path, "config.json", trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(
             path,
@@ -82,7 +60,7 @@ def load_model_config(
         text_config = config.get_text_config()
         sizes = {name: getattr(text_config, name, None) for name in LARGEST_SIZES}
     except Exception as error:  # whatever a library stumbles over in a stranger's file
-        raise _unloadable(path, error, "config.json") from None
+        raise unloadable(path, error, "config.json") from None
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= LARGEST_SIZES[name]:
             raise ConfigError(
@@ -106,8 +84,8 @@ def load_tokenizer(
             ``trust_remote_code``, knows no tokens or no end-of-sequence token, or has ids that the
             model beside it has no rows for.
     """
-    offline = _check_source(path, "tokenizer_config.json", revision)
-    _check_settings(path, "tokenizer_config.json", trust_remote_code=trust_remote_code)
+    offline = check_source(path, "tokenizer_config.json", revision)
+    check_settings(path, "tokenizer_config.json", trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,
@@ -116,7 +94,7 @@ def load_tokenizer(
             local_files_only=offline,
         )
     except Exception as error:  # whatever a library stumbles over in a stranger's file
-        raise _unloadable(path, error, "its tokenizer") from None
+        raise unloadable(path, error, "its tokenizer") from None
     if not trust_remote_code:
         tokenizer.init_kwargs.pop("auto_map", None)
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None:
@@ -129,7 +107,7 @@ def load_tokenizer(
     try:
         tokenizer("Does it work?")
     except Exception as error:
-        raise _unloadable(path, error, "its tokenizer") from None
+        raise unloadable(path, error, "its tokenizer") from None
     if (Path(path) / "config.json").is_file():
         config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
         _check_ids(path, tokenizer, vocab_rows(config))
@@ -171,9 +149,9 @@ def load_model(
     """
     quiet_libraries()
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
-    _check_weights(path)
-    _check_amount(path, config, trust_remote_code=trust_remote_code)
-    offline = _check_source(path, "config.json", revision)
+    check_weights(path)
+    check_amount(path, config, trust_remote_code=trust_remote_code)
+    offline = check_source(path, "config.json", revision)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -190,7 +168,7 @@ def load_model(
             **options,
         )
     except Exception as error:  # whatever a library stumbles over in a stranger's file
-        raise _unloadable(path, error) from None
+        raise unloadable(path, error) from None
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(
@@ -221,13 +199,13 @@ def load_teacher(config: ModelConfig, *, dtype: torch.dtype | None) -> PreTraine
         quantization=quantization_settings(config.teacher_quantization, dtype),
     )
     if config.teacher_lora is not None:
-        _check_adapter(config.teacher_lora)
+        check_adapter(config.teacher_lora)
         try:
             adapted = PeftModel.from_pretrained(model, config.teacher_lora)
         except Exception as error:  # whatever a library stumbles over in a stranger's file
             raise ConfigError(
                 f"the adapter {config.teacher_lora} does not fit {config.teacher}",
-                why=_first_line(error),
+                why=first_line(error),
             ) from None
         if config.teacher_quantization != "none":
             return adapted.eval().requires_grad_(False)
@@ -356,228 +334,3 @@ def shared_vocab_size(teacher_rows: int, student_rows: int, num_tokens: int) -> 
         return shared, ""
     who, rows = ("teacher", teacher_rows) if teacher_rows > shared else ("student", student_rows)
     return shared, f"{who} vocabulary {rows} cut to {shared} (padding, no tokens)"
-
-
-def _check_source(path: str, must_hold: str, revision: str | None = None) -> bool:
-    """Returns whether to stay off the network: for folders, and while the hub cannot be reached.
-
-    One quick request decides; the libraries themselves would retry for a minute.
-
-    Raises:
-        ConfigError: `_check_folder`; or the hub says that there is no such repository.
-    """
-    _check_folder(path, must_hold)
-    if Path(path).expanduser().is_dir():
-        return True
-    try:
-        HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise _unloadable(path, error) from None
-    except Exception:  # no connection, by whatever transport: what is in the cache still loads
-        return True
-    return False
-
-
-def _check_folder(path: str, *must_hold: str) -> None:
-    """Refuses at once what is meant as a local folder and is not one."""
-    try:
-        folder = Path(path).expanduser()
-        is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # too long a name; a home of nobody
-        raise ConfigError(f"model folder {path[:100]} not found", why=str(error)[:100]) from None
-    if is_folder:
-        if lacking := [name for name in must_hold if not (folder / name).is_file()]:
-            raise ConfigError(
-                f"{path} holds no {lacking[0]}",
-                why="a model folder has config.json, tokenizer files and model.safetensors",
-            )
-        return
-    if is_there:
-        raise ConfigError(f"{path} is a file, not a model folder")
-    looks_local = path.startswith((".", "/", "~")) or folder.parent.is_dir()
-    if looks_local or path.count("/") > 1:
-        raise ConfigError(
-            f"model folder {path} not found",
-            fix="put a Hugging Face model folder there (checkpoints/README.md says how), "
-            "or change model.student / model.teacher",
-        )
-
-
-def _check_adapter(path: str) -> None:
-    """Refuses adapters that are not there, are pickled, or name a module to import."""
-    _check_folder(path, "adapter_config.json")
-    if not Path(path).is_dir():
-        raise ConfigError(f"adapter folder {path} not found", fix="change model.teacher_lora")
-    _check_weights(path)
-    _check_folder(path, "adapter_model.safetensors")  # else the library takes adapter_model.bin
-    settings = _check_settings(path, "adapter_config.json", trust_remote_code=False)
-    if settings.get("megatron_config") is not None:
-        raise ConfigError(f"cannot load {path}", why="megatron_config names a module to import")
-
-
-def _check_weights(path: str) -> None:
-    """Refuses a folder whose weights are pickles: loading one can run any code."""
-    folder = Path(path)
-    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise ConfigError(
-            f"cannot load {path}",
-            why=f"{pickles[0]} is a pickle, which could run code; only safetensors are read",
-            fix="if you trust where it comes from, load it with transformers on a machine that "
-            "may be lost and write it again with save_pretrained, which makes safetensors",
-        )
-
-
-def _check_amount(path: str, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
-    """Refuses a config.json that asks for far more weights than the folder's files can hold.
-
-    A library would make the lacking ones at random before it tells, and be killed for memory.
-    """
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:  # a hub name, or nothing to load: the library says so
-        return
-    try:
-        for file in files:
-            with safe_open(file, framework="pt"):  # reads the header, which may be broken
-                pass
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a library stumbles over in a stranger's file
-        raise _unloadable(path, error) from None
-    stored = sum(file.stat().st_size for file in files)
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted / 2 > stored:  # half a byte: 4 bits are the fewest that a weight is stored in
-        raise ConfigError(
-            f"cannot load {path}",
-            why=f"config.json asks for {wanted:,} weights, the files hold {stored:,} bytes",
-        )
-
-
-def _check_settings(path: str, name: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Reads a JSON file of a model folder and refuses what would harm; of a hub name: nothing.
-
-    Raises:
-        ConfigError: Not a JSON object; nested too deeply, numbers that no model has; code of the
-            folder's own or of a hub repository, unless it is trusted, or transformers knows the
-            family itself: then its own class is loaded, and the code is told of and left alone.
-    """
-    file = Path(path).expanduser() / name
-    if not file.is_file():
-        return {}
-    try:
-        if file.stat().st_size > LARGEST_SETTINGS:
-            raise ValueError(f"{file.stat().st_size:,} bytes are no {name}")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it is no JSON object")
-        for key, value in _nested(settings):
-            _check_setting(key, value)
-    except RecursionError:
-        raise ConfigError(f"cannot load {path}", why=f"{name} is nested too deeply") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load {path}", why=f"{name}: {_first_line(error)}") from None
-    if trust_remote_code:
-        return settings
-    native = _native_class(name, settings)
-    ignored = settings.pop("auto_map", None) if native else None
-    if code := _foreign_code(settings):
-        raise ConfigError(
-            f"cannot load {path}",
-            why=f"{name} asks to run Python code: {code}; nothing of it ran",
-            fix="if the library knows the family itself, delete that entry; else read the code, "
-            "then --model.trust_remote_code true --model.revision COMMIT",
-        )
-    if ignored:
-        _tell_ignored(str(file), native)
-    return settings
-
-
-def _native_class(name: str, settings: dict[str, Any]) -> str:
-    """Returns what transformers itself makes of a folder whose ``auto_map`` is ignored, or ""."""
-    if not isinstance(settings.get("auto_map"), dict):
-        return ""
-    key = "model_type" if name == "config.json" else "tokenizer_class"
-    value = settings.get(key)
-    if not isinstance(value, str):
-        return ""
-    if name == "config.json":
-        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(value, ""))
-    known = name == "tokenizer_config.json" and tokenizer_class_from_name(value) is not None
-    return value if known else ""
-
-
-@functools.cache
-def _tell_ignored(file: str, native: str) -> None:
-    """Warns once a process, on the screen of the first."""
-    if distributed.is_main():
-        print(
-            f"warning: {file}: auto_map is ignored and its code does not run; "
-            f"loading transformers' own {native}",
-            file=sys.stderr,
-        )
-
-
-def _foreign_code(settings: dict[str, Any]) -> str:
-    """Names the entry that would run Python code of a folder or of a hub repository, if any."""
-    for key, value in _nested(settings):
-        is_kernel = key.endswith("_implementation") and isinstance(value, str) and "/" in value
-        if (key == "auto_map" and value) or is_kernel:
-            return f"{key}={value!r:.100}"
-    return ""
-
-
-def _check_setting(key: str, value: Any) -> None:
-    """Refuses one value of a config.json.
-
-    Raises:
-        ValueError: It is a number that no model has.
-    """
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{key:.60}=NaN is no number")
-    if isinstance(value, int) and COUNTS.search(key) and value > MOST_PARTS:
-        raise ValueError(f"{key:.60}={value} must be at most {MOST_PARTS:,}")
-
-
-def _nested(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields every key with its value, at all depths; an item of a list has the list's key.
-
-    Raises:
-        ValueError: Nested more deeply than any model's file.
-    """
-    level: list[tuple[str, Any]] = list(settings.items())
-    for _ in range(DEEPEST_SETTINGS):
-        yield from level
-        below: list[tuple[str, Any]] = []
-        for key, value in level:
-            if isinstance(value, dict):
-                below += value.items()
-            elif isinstance(value, list):
-                below += [(key, item) for item in value]
-        level = below
-    if level:
-        raise ValueError("it is nested too deeply")
-
-
-def _unloadable(path: str, error: Exception, part: str = "") -> ConfigError:
-    reason = f"{part}: {_first_line(error)}" if part else _first_line(error)
-    if Path(path).is_dir():
-        return ConfigError(f"cannot load {path}", why=reason)
-    return ConfigError(
-        f"{path:.200} not found locally, nor on the hub",
-        why=reason,
-        fix="download it into checkpoints/ on a machine with network access",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    """Returns the first line of a message, with the next ones while they only announce it."""
-    text, *more = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    while text.endswith(":") and more:
-        text += f" {more.pop(0)}"
-    text = text[:LONGEST_REASON]
-    # Of an error that was not made to be read, the message alone says little: 'layers'.
-    readable = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
-    if text and (readable or type(error) is Exception):
-        return text
-    return f"{type(error).__name__}: {text}".removesuffix(": ")

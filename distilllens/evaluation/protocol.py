@@ -43,7 +43,12 @@ from distilllens.models import load_model, load_tokenizer
 from distilllens.runs import git_commit, versions
 from distilllens.signals import StopRequest, poll, stoppable
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def score_samples(answers: Sequence[Answer], records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from distilllens.config import TrainConfig, load_config, load_evaluate_config
+from distilllens.deepspeed_file import DTYPES, load_deepspeed_config
 from distilllens.errors import ConfigError
-from distilllens.setup import DTYPES, load_deepspeed_config
 from distilllens.sweep.cells import (
     build_cells,
     evaluate_config,

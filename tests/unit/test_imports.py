@@ -18,7 +18,7 @@ FLOORS = """
     libraries errors watchdog parsing config faults manifest distributed nodes signals schedule
     lock runs
     divergence products row_gradients row_kernel chunks fused
-    families lens layers models make_student data quickstart
+    families lens layers model_files models deepspeed_file make_student data quickstart
     hidden lens_matrix objective student sharding teacher_cache setup layer_choice memory
     cache_teacher loader numerics_guard
     evaluation generate report tracking export resume sweep checkpoint loss_scale bad_step
