@@ -18,7 +18,7 @@ FLOORS = """
     libraries errors watchdog parsing config faults manifest distributed signals schedule lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers models make_student data quickstart
-    objective student teacher_cache setup memory cache_teacher loader numerics_guard
+    objective student teacher_cache setup dry_step memory cache_teacher loader numerics_guard
     evaluation report tracking export resume checkpoint trainer session doctor
     __main__
 """.split()
