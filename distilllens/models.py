@@ -256,10 +256,15 @@ def load_student(config: ModelConfig, *, dtype: torch.dtype) -> nn.Module:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.student_lora is None:
         return model.train()
-    return _add_lora(model, config.student_lora).train()
+    return add_lora(model, config.student_lora).train()
 
 
-def _add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    """Wraps a model in a new adapter on all its linear layers but the head; only that is trained.
+
+    Raises:
+        ConfigError: The rank is larger than the model is wide.
+    """
     width = model.config.get_text_config().hidden_size
     if lora.r > width:
         raise ConfigError(f"model.student_lora.r={lora.r} must be in [1, {width}], the width")

@@ -23,7 +23,7 @@ from rich.console import Console, RenderableType
 from distilllens import distributed
 from distilllens.config import TrainConfig, dump_config, load_config, parse_wall_time
 from distilllens.data.collate import collate
-from distilllens.data.tokenize import PreparedData
+from distilllens.data.tokenize import PreparedData, record_lengths, response_rows
 from distilllens.errors import (
     EXIT_OK,
     DistributedError,
@@ -37,12 +37,7 @@ from distilllens.faults import check_faults
 from distilllens.layer_choice import measure_pairs, pair_records, pair_tables, restore_pairs
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
-from distilllens.memory import (
-    count_parameters,
-    estimate_memory,
-    estimate_state_bytes,
-    memory_table,
-)
+from distilllens.memory import count_parameters, estimate_state_bytes, memory_report
 from distilllens.models import num_blocks
 from distilllens.nodes import check_shared
 from distilllens.resume import check_same_config, find_state, saved_tracker_id
@@ -169,7 +164,9 @@ def dry_run(config: TrainConfig) -> None:
     console.rule("first record")
     console.print(plan.tokenizer.decode(sample["prompt_ids"]), markup=False, highlight=False)
     console.print(plan.tokenizer.decode(sample["response_ids"]), markup=False, highlight=False)
-    console.print(memory_table(estimate_memory(plan, world_size)))
+    lengths, rows = record_lengths(data.train).tolist(), response_rows(data.train).tolist()
+    for content in memory_report(plan, world_size, lengths, rows):
+        console.print(content)
     console.print("dry run: nothing was trained")
 
 

@@ -19,10 +19,8 @@ from distilllens.__main__ import main as command
 from distilllens.config import load_config
 from distilllens.data.order import epoch_batches
 from distilllens.data.tokenize import record_lengths, response_rows
-from distilllens.memory import estimate_memory
 from distilllens.runs import create_run_folder
 from distilllens.session import build_trainer
-from distilllens.setup import plan_run
 from distilllens.trainer import Trainer
 from train import main
 
@@ -155,16 +153,6 @@ def test_projectors_are_decayed_as_matrices(workspace: Workspace) -> None:
     assert projectors <= {id(p) for p in groups[0]["params"]}
 
 
-def test_projectors_are_in_the_memory_estimate(workspace: Workspace) -> None:
-    """Two of 48 × 24: weight, gradient, master copy and two moments, 4 bytes each."""
-    plain, hidden = (
-        estimate_memory(plan_run(load_config(workspace.flags(*flags))), 1)
-        for flags in (("--objective.approach", "kd"), HIDDEN)
-    )
-    more = sum(hidden.values()) - sum(plain.values())
-    assert more == pytest.approx(2 * 48 * 24 * 20 / 1e9, rel=1e-6)
-
-
 def test_a_broken_projector_stops_the_update(workspace: Workspace) -> None:
     """Only the hidden-state sums are not finite: the guard must watch them too."""
     arguments = workspace.flags(*HIDDEN, "--deepspeed", workspace.deepspeed(0))
@@ -175,7 +163,8 @@ def test_a_broken_projector_stops_the_update(workspace: Workspace) -> None:
         next(it.module.hidden.parameters()).data[0, 0] = math.inf
         it.train_step(next(it.epoch()))
         assert it.totals.sums_K2[0].isfinite().all() and it.totals.sums_K2[2].isfinite().all()
-        assert not it.totals.sums_K2[1].isfinite().all() and it.guard.bad_step() == 1
+        bad = it.guard.bad_step()
+        assert not it.totals.sums_K2[1].isfinite().all() and bad is not None and bad.step == 1
         after = it.module.student.parameters()
         assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 

@@ -19,7 +19,7 @@ FLOORS = """
     lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers model_files models deepspeed_file make_student data quickstart
-    hidden lens_matrix objective student sharding teacher_cache setup layer_choice memory
+    hidden lens_matrix objective student sharding teacher_cache setup layer_choice dry_step memory
     cache_teacher loader numerics_guard
     evaluation generate report tracking export resume sweep checkpoint loss_scale bad_step
     trainer session doctor
