@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import json
 import os
 import secrets
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,17 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from numerize.numerize import numerize
-from rich.console import Console, RenderableType
 
 from distilllens import distributed
 from distilllens.config import TrainConfig, dump_config, load_config, parse_wall_time
-from distilllens.data.collate import collate
-from distilllens.data.tokenize import PreparedData, record_lengths, response_rows
+from distilllens.data.tokenize import PreparedData
 from distilllens.errors import (
     EXIT_OK,
     DistributedError,
-    StorageError,
     UserError,
     as_user_error,
     is_first_here,
@@ -37,9 +31,8 @@ from distilllens.faults import check_faults
 from distilllens.layer_choice import measure_pairs, pair_records, pair_tables, restore_pairs
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
-from distilllens.memory import count_parameters, estimate_state_bytes, memory_report
-from distilllens.models import num_blocks
 from distilllens.nodes import check_shared
+from distilllens.preview import check_space, describe_plan, dry_run
 from distilllens.resume import check_same_config, find_state, saved_tracker_id
 from distilllens.runs import (
     RunFolder,
@@ -65,7 +58,7 @@ from distilllens.setup import (
 )
 from distilllens.signals import Stopped, StopRequest, steady_screen
 from distilllens.student import Teacher
-from distilllens.tracking import Tracker
+from distilllens.tracking import Tracker, trim_metrics
 from distilllens.trainer import Trainer
 from distilllens.watchdog import watching
 
@@ -140,58 +133,6 @@ def resume_command(arguments: Sequence[str]) -> str:
             start += ["--nnodes", str(everywhere // here), "--node_rank", "NODE_RANK"]
             start += ["--master_addr", os.environ["MASTER_ADDR"]]
     return shown_command([*start, "train.py", *arguments])
-
-
-def dry_run(config: TrainConfig) -> None:
-    """Checks everything that can be checked without weights, and tells what would happen."""
-    if not distributed.is_main():
-        return
-    console = Console(markup=False)  # brackets in a folder's name are no markup
-    plan = plan_run(config)
-    world_size = distributed.environment_world_size()
-    data = load_data(plan)
-    steps = count_steps(config, len(data.train), world_size)
-    for content in describe_plan(plan, data, steps):
-        console.print(content)
-    sample = data.train[0]
-    records = list(data.train.select(range(config.optim.micro_batch_size)))
-    batch = collate(records, pad_id=plan.tokenizer.eos_token_id)
-    size, length = batch.input_ids_BT.shape
-    console.print(
-        f"first micro-batch: {size} records padded to {length} tokens, "
-        f"{batch.num_tokens} response tokens"
-    )
-    console.rule("first record")
-    console.print(plan.tokenizer.decode(sample["prompt_ids"]), markup=False, highlight=False)
-    console.print(plan.tokenizer.decode(sample["response_ids"]), markup=False, highlight=False)
-    lengths, rows = record_lengths(data.train).tolist(), response_rows(data.train).tolist()
-    for content in memory_report(plan, world_size, lengths, rows):
-        console.print(content)
-    console.print("dry run: nothing was trained")
-
-
-def describe_plan(plan: Plan, data: PreparedData, steps: StepCount) -> list[RenderableType]:
-    """Returns what a user wants to see before a run starts: models, layer pairs, data, length."""
-    config = plan.config
-    lines: list[RenderableType] = [
-        f"student {config.model.student} ({numerize(count_parameters(plan.student_config))} "
-        f"parameters, {num_blocks(plan.student_config)} blocks, {plan.dtype})"
-    ]
-    if plan.teacher_config is not None:
-        lines.append(
-            f"teacher {config.model.teacher} "
-            f"({numerize(count_parameters(plan.teacher_config))} parameters, "
-            f"{num_blocks(plan.teacher_config)} blocks, {plan.teacher_dtype})"
-            + (f", rows read from {cache}" if (cache := config.model.teacher_cache) else "")
-        )
-    lines += plan.notes
-    lines += pair_tables(plan)
-    lines.append(data.summary())
-    lines.append(
-        f"{config.objective.approach}: {steps.total_steps:,} steps of {steps.global_batch} "
-        f"records, {steps.steps_per_epoch:,} steps an epoch, ZeRO stage {plan.zero_stage}"
-    )
-    return lines
 
 
 def _train(trainer: Trainer, folder: RunFolder, resumed: Path | None) -> None:
@@ -278,25 +219,6 @@ def build_trainer(
             )
 
 
-def check_space(plan: Plan, folder: RunFolder) -> str:
-    """Compares the free space with what a run writes; returns a line about it.
-
-    Raises:
-        StorageError: There is no room for the first save: one state, latest/ and best/.
-    """
-    state, model = estimate_state_bytes(plan)
-    free = shutil.disk_usage(folder.root).free
-    first, all_ = state + 2 * model, (plan.config.run.keep + 1) * state + 3 * model
-    need = f"need about {first / 1e9:.2f} GB for the first save"
-    if free < first and newest_state(folder) is None:
-        raise StorageError(
-            f"no space left for {folder.root}: {need}, free {free / 1e9:.2f} GB",
-            fix="free some space, or choose another --run.output_dir",
-        )
-    line = f"disk: at most {all_ / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
-    return line if free >= all_ else f"warning: {line}; a full disk ends the run at a save"
-
-
 def _watched(
     config: TrainConfig, folder: RunFolder, stop: StopRequest
 ) -> AbstractContextManager[None]:
@@ -364,31 +286,6 @@ def _record(
 
 def _step(state: Path | None) -> int:
     return 0 if state is None else int(state.name.removeprefix("step-"))
-
-
-def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
-    """Cuts off the lines of steps after ``step``, which a killed run wrote and this one does again.
-
-    So it does the evaluation of ``step`` itself, if the saved state is from before that.
-
-    Lines stand in the order of their steps, so that one cut does it: whoever has the file open to
-    append goes on behind it, and a kill leaves the lines that stay as they are.
-    """
-    if not path.is_file():
-        return
-    size = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                found = json.loads(line)
-                last = step if "train/loss" in found else evaluated_step
-                stays = 0 < found["step"] <= last and line.endswith(b"\n")
-            except (ValueError, KeyError, TypeError):
-                stays = False  # half a line: the process died while writing it
-            if not stays:
-                break
-            size += len(line)
-    os.truncate(path, size)
 
 
 def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,6 +144,31 @@ class Tracker:
         left = seconds / done * (self.total_steps - step) if done > 0 else math.nan
         eta = "" if math.isnan(left) else f"  left {_clock(left)}"
         return f"step {step}/{self.total_steps}  {text}{eta}"
+
+
+def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
+    """Cuts off the lines of steps after ``step``, which a killed run wrote and this one does again.
+
+    So it does the evaluation of ``step`` itself, if the saved state is from before that.
+
+    Lines stand in the order of their steps, so that one cut does it: whoever has the file open to
+    append goes on behind it, and a kill leaves the lines that stay as they are.
+    """
+    if not path.is_file():
+        return
+    size = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                found = json.loads(line)
+                last = step if "train/loss" in found else evaluated_step
+                stays = 0 < found["step"] <= last and line.endswith(b"\n")
+            except (ValueError, KeyError, TypeError):
+                stays = False  # half a line: the process died while writing it
+            if not stays:
+                break
+            size += len(line)
+    os.truncate(path, size)
 
 
 def describe(metrics: Mapping[str, float]) -> str:

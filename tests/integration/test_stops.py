@@ -34,7 +34,7 @@ from distilllens.lock import locked
 from distilllens.models import load_model, load_tokenizer
 from distilllens.runs import RunFolder, read_status
 from distilllens.signals import Request, Stopped, StopRequest
-from distilllens.tracking import Tracker
+from distilllens.tracking import Tracker, trim_metrics
 
 SECRET = "aV3ry5ecretValue"
 
@@ -224,7 +224,7 @@ def test_metrics_after_the_resumed_step_are_cut_off_under_an_open_tracker(
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     with path.open("a") as tracker:
-        session.trim_metrics(path, step, evaluated_step=min(step, 2))
+        trim_metrics(path, step, evaluated_step=min(step, 2))
         tracker.write("new\n")
     assert path.read_text().splitlines() == [*content.splitlines()[:kept], "new"]
 

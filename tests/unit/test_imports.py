@@ -20,7 +20,7 @@ FLOORS = """
     divergence products row_gradients row_kernel chunks fused
     families lens layers model_files models deepspeed_file make_student data quickstart
     hidden lens_matrix objective student sharding teacher_cache setup layer_choice dry_step memory
-    cache_teacher loader numerics_guard
+    preview cache_teacher loader numerics_guard
     evaluation generate report tracking export resume sweep checkpoint loss_scale bad_step
     trainer session doctor
     __main__
