@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from distilllens.report.tables import Summary
 
 LEVEL = 0.95
 """Share of intervals that hold the true mean difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairedDifference:
+class PairedDifference(Summary):
     """Method minus baseline, for each seed that both have, at least one.
 
     Both were trained on the same data in the same order, so what a seed does to both falls out.
     """
-
-    values: tuple[float, ...]
-
-    @property
-    def n(self) -> int:
-        """Number of seeds."""
-        return len(self.values)
-
-    @property
-    def mean(self) -> float:
-        """Mean difference."""
-        return statistics.fmean(self.values)
-
-    @property
-    def sd(self) -> float | None:
-        """Sample standard deviation of the differences; None for one seed."""
-        return statistics.stdev(self.values) if self.n > 1 else None
 
     @property
     def standard_error(self) -> float | None:
