@@ -295,7 +295,9 @@ def load_state(
         loaded, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
     except Exception as error:  # DeepSpeed has no errors of its own for files that do not fit
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{folder} cannot be loaded", why=reason) from error
+        refusal = CheckpointError(f"{folder} cannot be loaded", why=reason)
+        refusal.everywhere = distributed.world_size() == 1  # else perhaps by this one alone
+        raise refusal from error
     if loaded is None:
         raise CheckpointError(f"{folder} holds no DeepSpeed state", why="files are missing")
     _check_loaded(engine, state, folder)
@@ -387,7 +389,7 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
             "gauss": state["numpy_gauss"].item(),
         }
     )
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:  # a CPU saved none
         torch.cuda.set_rng_state(state["cuda"], device)
 
 

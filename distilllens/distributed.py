@@ -172,25 +172,18 @@ def together(work: Callable[[], Result]) -> list[Result]:
         own_error = error
     outcomes: list[Any] = [None] * world_size()
     try:
-        dist.all_gather_object(outcomes, (result, _portable(own_error)))
+        portable = own_error
+        if portable is not None and not isinstance(portable, UserError):
+            portable = own_failure(portable)
+        dist.all_gather_object(outcomes, (result, portable))
     except RuntimeError as error:
         raise own_error or another_has_left(error) from None
     if own_error is not None:
         raise own_error
     for _, failure in outcomes:
         if failure is not None:
-            kind, what, parts = failure
-            raise kind(what, **parts)
+            raise failure
     return [result for result, _ in outcomes]
-
-
-def _portable(error: Exception | None) -> tuple[type[UserError], str, dict[str, str]] | None:
-    """Takes an error apart for the way to other processes."""
-    if error is None:
-        return None
-    if not isinstance(error, UserError):
-        error = own_failure(error)
-    return type(error), error.what, {"why": error.why, "fix": error.fix, "kept": error.kept}
 
 
 def own_failure(error: Exception) -> DistributedError:

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -51,12 +52,23 @@ class UserError(ValueError):
         self.what, self.why, self.fix, self.kept = what, why, fix, kept
         super().__init__(self.format())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets an error travel to other processes, whatever its class is made from."""
+        return _rebuild, (type(self), self.__dict__)
+
     def format(self) -> str:
         """Returns the message as up to four short lines."""
         lines = [f"error[{self.label}]: {self.what}"]
         parts = {"why": self.why, "fix": self.fix, "kept": self.kept}
         lines += [f"  {name}: {text}" for name, text in parts.items() if text]
         return "\n".join(lines)
+
+
+def _rebuild(kind: type[UserError], values: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind)
+    error.__dict__.update(values)
+    error.args = (error.format(),)
+    return error
 
 
 class ConfigError(UserError):

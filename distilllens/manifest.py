@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from distilllens.errors import CheckpointError
 from distilllens.faults import reach
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 DRAFT, OLD = ".tmp-", ".old-"
 

@@ -13,7 +13,13 @@ from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData, record_lengths, response_rows
 from distilllens.errors import StorageError
 from distilllens.layer_choice import pair_tables
-from distilllens.memory import count_parameters, estimate_state_bytes, memory_report
+from distilllens.memory import (
+    count_parameters,
+    estimate_memory,
+    estimate_state_bytes,
+    longest_batch,
+    memory_report,
+)
 from distilllens.models import num_blocks
 from distilllens.runs import RunFolder, newest_state
 from distilllens.setup import Plan, StepCount, count_steps, load_data, plan_run
@@ -71,13 +77,32 @@ def describe_plan(plan: Plan, data: PreparedData, steps: StepCount) -> list[Rend
     return lines
 
 
-def check_space(plan: Plan, folder: RunFolder) -> str:
-    """Compares the free space with what a run writes; returns a line about it.
+def check_room(plan: Plan, data: PreparedData, folder: RunFolder) -> list[str]:
+    """Estimates a run's memory and disk; returns a line about each.
 
     Raises:
-        StorageError: There is no room for the first save: one state, latest/ and best/.
+        StorageError: There is no room on the disk for the first save.
     """
-    state, model = estimate_state_bytes(plan)
+    world_size = distributed.world_size()
+    lengths, rows = record_lengths(data.train).tolist(), response_rows(data.train).tolist()
+    try:
+        estimate = estimate_memory(plan, world_size, batch=longest_batch(plan, lengths, rows))
+        state, model = estimate_state_bytes(plan)
+    except (RuntimeError, NotImplementedError) as error:  # a family whose code reads its numbers
+        reason = str(error).partition("\n")[0]
+        return [f"memory and disk: no estimate, the models do not run without numbers ({reason})"]
+    beside = sum(estimate.host.values())
+    memory = f"memory: about {estimate.total:.1f} GB per process" + (
+        f", and {beside:.1f} GB beside its GPU" if beside else ""
+    )
+    return [
+        f"{memory} (estimate; --dry_run tells for what)",
+        _check_space(plan, folder, state, model),
+    ]
+
+
+def _check_space(plan: Plan, folder: RunFolder, state: int, model: int) -> str:
+    """Compares the free space with what a run writes: states, latest/ and best/."""
     free = shutil.disk_usage(folder.root).free
     first, all_ = state + 2 * model, (plan.config.run.keep + 1) * state + 3 * model
     need = f"need about {first / 1e9:.2f} GB for the first save"

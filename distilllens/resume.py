@@ -14,7 +14,13 @@ from distilllens import distributed
 from distilllens.config import TrainConfig
 from distilllens.errors import CheckpointError
 from distilllens.faults import reach
-from distilllens.manifest import clean_leftovers, find_damage, newest_good_state, read_manifest
+from distilllens.manifest import (
+    clean_leftovers,
+    find_damage,
+    newest_good_state,
+    read_manifest,
+    step_folders,
+)
 from distilllens.runs import RunFolder, redact
 
 STATE_FILE = "state.json"
@@ -49,11 +55,14 @@ def _find_state(folder: RunFolder, resume: str) -> Path | None:
     for place in (folder.root, folder.state):
         for done in clean_leftovers(place):
             logger.warning("left by a process that died: %s", done)
-    if resume not in ("auto", "must"):
-        if damage := find_damage(Path(resume)):
-            raise CheckpointError(f"run.resume={resume} is no saved state", why=damage)
-        return Path(resume)
     good, damaged = newest_good_state(folder.state)
+    if resume not in ("auto", "must"):
+        wanted = Path(resume)
+        if damage := find_damage(wanted):
+            raise CheckpointError(f"run.resume={resume} is no saved state", why=damage)
+        if good is not None and read_manifest(good)["begun_at"] == str(wanted.resolve()):
+            return good  # the run went back to PATH before; now it goes on
+        return wanted
     if good is None and damaged:
         raise CheckpointError(
             f"every saved state of {folder.state} is damaged",
@@ -69,6 +78,17 @@ def _find_state(folder: RunFolder, resume: str) -> Path | None:
         logger.warning("%s; it is now %s, going on from %s", damage, aside.name, good)
     reach("resume.verified")
     return good
+
+
+def set_later_aside(folder: RunFolder, state: Path) -> None:
+    """Makes room for the steps that a run does again from an earlier state on; by one process."""
+    step = read_manifest(state)["step"]
+    for path in step_folders(folder.state):
+        later = int(path.name.removeprefix("step-")) >= step
+        if later and path.resolve() != state.resolve():
+            aside = _free_name(path.with_name(f"before-{path.name}"))
+            os.rename(path, aside)
+            logger.warning("%s is now %s: going back to %s", path, aside.name, state)
 
 
 def _free_name(path: Path) -> Path:
@@ -126,14 +146,24 @@ def check_same_facts(state: Path, facts: dict[str, Any], *, allow_changes: bool)
         CheckpointError: Lists what differs.
     """
     saved = read_manifest(state)
-    _refuse_differences(state, *({n: f[n] for n in ("zero_stage",)} for f in (saved, facts)))
+    fixed = ("zero_stage", "precision")
+    _refuse_differences(
+        state,
+        *({name: f[name] for name in fixed} for f in (saved, facts)),
+        fix="the DeepSpeed file of before; or export the model and train on from it in a new run",
+    )
     names = ("data_fingerprint", "tokenizer_sha256", "global_batch")
     before, now = ({n: f[n] for n in names} for f in (saved, facts))
     return _refuse_differences(state, before, now, allowed=allow_changes)
 
 
 def _refuse_differences(
-    state: Path, before: dict[str, Any], now: dict[str, Any], *, allowed: bool = False
+    state: Path,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    *,
+    allowed: bool = False,
+    fix: str = "give the same ones or a new --run.output_dir; --run.allow_changes true goes on too",
 ) -> str:
     names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
     width = max(map(len, names), default=0)
@@ -143,7 +173,7 @@ def _refuse_differences(
     raise CheckpointError(
         f"{state} was saved with other options, data or models",
         why=f"saved → now:{table}",
-        fix="give the same ones or a new --run.output_dir; --run.allow_changes true goes on anyway",
+        fix=fix,
         kept="the saved state is untouched",
     )
 

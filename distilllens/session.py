@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import faulthandler
 import os
 import secrets
@@ -27,13 +28,20 @@ from distilllens.errors import (
     is_first_here,
     leave_code,
 )
+from distilllens.export import storage_error
 from distilllens.faults import check_faults
 from distilllens.layer_choice import measure_pairs, pair_records, pair_tables, restore_pairs
 from distilllens.libraries import quiet_libraries
 from distilllens.lock import locked
+from distilllens.loss_scale import check_float16_runs
 from distilllens.nodes import check_shared
-from distilllens.preview import check_space, describe_plan, dry_run
-from distilllens.resume import check_same_config, find_state, saved_tracker_id
+from distilllens.preview import check_room, describe_plan, dry_run
+from distilllens.resume import (
+    check_same_config,
+    find_state,
+    saved_tracker_id,
+    set_later_aside,
+)
 from distilllens.runs import (
     RunFolder,
     check_unused,
@@ -61,6 +69,9 @@ from distilllens.student import Teacher
 from distilllens.tracking import Tracker, trim_metrics
 from distilllens.trainer import Trainer
 from distilllens.watchdog import watching
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a file system that is full, or has become read-only."""
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -114,12 +125,15 @@ def claim_folder(config: TrainConfig, folder: RunFolder) -> tuple[Path | None, s
             before it saved anything has nothing to lose and starts anew.)
         CheckpointError: No state where one is asked for, or one of other options.
     """
-    resumed = find_state(folder, config.run.resume)
     if config.run.resume == "never" or is_finished(folder):
         check_unused(folder)
+    resumed = find_state(folder, config.run.resume)
     if distributed.is_main():
         folder.last_word.unlink(missing_ok=True)
-    changes = "" if resumed is None else check_same_config(resumed, config)
+    changes = ""
+    if resumed is not None:
+        changes = check_same_config(resumed, config)
+        distributed.on_main(partial(set_later_aside, folder, resumed))
     return resumed, changes and f"saved → now, allowed by run.allow_changes:{changes}"
 
 
@@ -132,7 +146,20 @@ def resume_command(arguments: Sequence[str]) -> str:
         if everywhere > here:
             start += ["--nnodes", str(everywhere // here), "--node_rank", "NODE_RANK"]
             start += ["--master_addr", os.environ["MASTER_ADDR"]]
-    return shown_command([*start, "train.py", *arguments])
+    return shown_command([*start, "train.py", *_without_resume(arguments)])
+
+
+def _without_resume(arguments: Sequence[str]) -> list[str]:
+    """Leaves out what ``run.resume`` was: going on is what it does by itself, with ``auto``."""
+    kept: list[str] = []
+    skips = False
+    for argument in arguments:
+        if not skips and not argument.startswith("--run.resume="):
+            skips = argument == "--run.resume"
+            kept += [] if skips else [argument]
+        else:
+            skips = False
+    return kept
 
 
 def _train(trainer: Trainer, folder: RunFolder, resumed: Path | None) -> None:
@@ -185,20 +212,24 @@ def build_trainer(
     with stop.listening(), _watched(config, folder, stop):
         torch.manual_seed(config.run.seed + distributed.rank())
         plan = plan_run(config)
+        if plan.dtype == torch.float16:
+            check_float16_runs()
         if plan.pairs_are_open and resumed is not None:
             plan = restore_pairs(plan, resumed)
         data = _wait_for_data(plan, stop)
         steps = count_steps(config, len(data.train), distributed.world_size())
-        if distributed.is_main():
-            _record(folder, config, plan, data, arguments, command)
+        distributed.on_main(lambda: _record(folder, config, plan, data, arguments, command))
         with _tracker(config, folder, steps, run_id) as tracker:
-            if distributed.is_main():
-                tracker.say(check_space(plan, folder))
+            for line in distributed.on_main(lambda: check_room(plan, data, folder)) or ():
+                tracker.say(line)
             for content in describe_plan(plan, data, steps):
                 tracker.say(content)
             tracker.say("loading weights …")
+            stop.alive()
             teacher, head = build_teacher(plan, data, device)
+            stop.alive()
             module = build_module(plan, data, device, head)
+            stop.alive()
             if plan.pairs_are_open:
                 assert isinstance(teacher, Teacher)
                 plan = measure_pairs(plan, teacher, module, data, tracker.console, stop)
@@ -206,6 +237,7 @@ def build_trainer(
                     tracker.say(table)
                 if distributed.is_main():
                     write_json(folder.layers, pair_records(plan))
+                stop.alive()
             yield Trainer(
                 plan,
                 module=module,
@@ -294,32 +326,43 @@ def _end(folder: RunFolder | None, error: Exception, *, debug: bool) -> int:
     Where several processes fail, the first to come here tells how the run ended; what the others
     then meet is a consequence, and goes to their logs alone.
     """
-    told = _told(error)
+    told = _told(error, folder)
     message, code = redact(told.format()), told.exit_code
     rank = int(os.environ.get("RANK", "0"))  # the process group may not stand yet
     if debug:
         traceback.print_exception(error)
     claimed = folder if folder is not None and folder.root.is_dir() else None
-    if claimed is None or told.everywhere:  # all meet it alike: one of each machine tells it
+    if told.everywhere:  # all meet it alike: one of each machine tells it
         speaks, writes = is_first_here(), rank == 0
+        if writes and claimed is not None:
+            _takes_last_word(claimed)  # what others may yet meet is a consequence
     else:
-        speaks = writes = _takes_last_word(claimed)
+        speaks = writes = claimed is None or _takes_last_word(claimed)
     if speaks:
         print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
     if claimed is not None:
-        try:
-            with claimed.rank_log(rank).open("a", encoding="utf-8") as log:
-                trace = "".join(traceback.format_exception(error))
-                log.write(f"{message}\n{redact(trace)}\n")
-            if writes:
-                _write_end_status(claimed, told, code)
-        except OSError as failure:  # a full disk is what ended the run, perhaps
-            print(f"  also: {failure.filename or claimed.root}: {failure}", file=sys.stderr)
+        for write in (
+            partial(_write_end_status, claimed, told, code) if writes else None,
+            partial(_log_end, claimed.rank_log(rank), message, error),
+        ):
+            try:
+                if write is not None:
+                    write()
+            except OSError as failure:  # a full disk is what ended the run, perhaps
+                place = failure.filename or claimed.root
+                print(f"  also: {place}: {failure}", file=sys.stderr)
     return leave_code(code)
 
 
-def _told(error: Exception) -> UserError:
+def _log_end(path: Path, message: str, error: Exception) -> None:
+    with path.open("a", encoding="utf-8") as log:
+        log.write(f"{message}\n{redact(''.join(traceback.format_exception(error)))}\n")
+
+
+def _told(error: Exception, folder: RunFolder | None) -> UserError:
     """Returns what a user should read of any error."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return storage_error(error, Path(error.filename or (folder.root if folder else ".")))
     if distributed.is_broken_connection(error):
         return distributed.another_has_left(error)
     if distributed.world_size() > 1 and not isinstance(error, UserError):

@@ -93,6 +93,7 @@ def plan_run(config: TrainConfig) -> Plan:
 
     deepspeed_config, dtype = load_deepspeed_config(config)
     student_config = model_config(config.model.student)
+    _check_dev_metric(config, deepspeed_config)
     outline = DistillationObjective(config.objective)  # without pairs, which need the teacher
     teacher_config, pairs, notes = None, [], []
     vocab_size = vocab_rows(student_config)
@@ -125,6 +126,18 @@ def plan_run(config: TrainConfig) -> Plan:
     )
 
 
+def _check_dev_metric(config: TrainConfig, deepspeed_config: dict[str, Any]) -> None:
+    """Refuses answers by several processes that each hold a part of the student."""
+    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    alone = distributed.environment_world_size() == 1
+    if stage == 3 and config.eval.metric == "rougeL" and config.eval.dev_size > 0 and not alone:
+        raise ConfigError(
+            "eval.metric=rougeL does not go with ZeRO stage 3 and several processes",
+            why="each answers prompts of its own, and would wait for others' parts",
+            fix="--eval.metric loss, or a zero1 or zero2 file",
+        )
+
+
 def _teacher_notes(model: ModelConfig) -> list[str]:
     """Tells where and how the teacher is kept, if not whole on each device."""
     if model.teacher_cache is not None:
@@ -152,6 +165,13 @@ def _layer_pairs(
                 "--objective.lens.rule explicit --objective.lens.teacher_layers [..] "
                 "--objective.lens.student_layers [..]",
             )
+        if config.model.teacher_placement != "device":
+            raise ConfigError(
+                "objective.lens.rule=lens_similarity needs model.teacher_placement=device, not "
+                f"{config.model.teacher_placement}",
+                why="the first process measures alone, with a whole teacher",
+                fix="measure once on one device, and give the pairs of its layers.json as lists",
+            )
         rule = "proportional"  # the student's blocks; `layer_choice` finds the teacher's
     return build_layer_pairs(
         num_blocks(teacher),
@@ -178,9 +198,9 @@ def load_data(plan: Plan) -> PreparedData:
         tokenizer=plan.tokenizer,
         family=plan.student_config.model_type,
     )
-    data = prepare() if distributed.is_main() else None
-    distributed.barrier()
-    refusal = None
+    own: list[PreparedData] = []
+    distributed.on_main(lambda: own.append(prepare()))
+    data, refusal = (own[0] if own else None), None
     if data is None:
         try:
             data = prepare(build=False)

@@ -166,10 +166,14 @@ class StopRequest:
         among themselves: no GPU is waited for.
         """
         self.code = distributed.max_over_hosts(self._code())
-        self.last_asked = time.monotonic()
+        self.alive()
         if self.code == SAVE_CODE:
             return Request.SAVE
         return Request.STOP if self.code else Request.NONE
+
+    def alive(self) -> None:
+        """Says that this process gets on, after work that asks for nothing meanwhile."""
+        self.last_asked = time.monotonic()
 
     def check(self, doing: str) -> None:
         """Ends what all processes are doing together, if any of them was asked to stop.
@@ -188,7 +192,7 @@ class StopRequest:
         Raises:
             Stopped: It did; nothing is saved.
         """
-        self.last_asked = time.monotonic()
+        self.alive()
         if self.received:
             self.code = 128 + self.received
             raise self._stopped(f"stopped while {doing}")

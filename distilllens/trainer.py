@@ -32,12 +32,14 @@ from distilllens.data.collate import collate_columns
 from distilllens.data.encode import tokenizer_fingerprint
 from distilllens.data.records import read_records
 from distilllens.data.tokenize import PreparedData
+from distilllens.errors import CheckpointError, UserError
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
 from distilllens.faults import reach
 from distilllens.layer_choice import pair_records
 from distilllens.loader import StepBatches, StepLoader
-from distilllens.loss_scale import check_float16_runs, is_at_smallest_scale, smallest_scale_error
+from distilllens.loss_scale import is_at_smallest_scale, smallest_scale_error
+from distilllens.manifest import read_manifest
 from distilllens.numerics_guard import NumericsGuard, WatchedStep
 from distilllens.resume import check_same_facts
 from distilllens.runs import RunFolder, newest_state, write_status
@@ -127,8 +129,6 @@ class Trainer:
         watched = [] if plan.dtype == torch.float16 else module.named_parameters()
         # In float16 a gradient that overflows is normal: DeepSpeed skips it and lowers its scale.
         self.guard = NumericsGuard(optimizer, watched, device, plan.optimizer_device)
-        if plan.dtype == torch.float16:
-            check_float16_runs()
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=plan.deepspeed
         )
@@ -138,6 +138,7 @@ class Trainer:
                 deepspeed.zero.register_external_parameter(module, parameter)
         self.state = TrainState(tracker_id=tracker.run_id)
         self.resumed_from: Path | None = None
+        self.begun_at = ""  # the state that run.resume named, once: later ones are this run's own
         self.tokenizer_sha256 = tokenizer_fingerprint(plan.tokenizer)
         self.totals = self._new_totals()
 
@@ -358,7 +359,9 @@ class Trainer:
             self.evaluate()
         except Stopped:
             raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, UserError) and self.world_size > 1:
+                error.everywhere = False  # its prompts may be those of this process alone
             self.tracker.say(
                 f"the evaluation failed, but step {self.state.step} is saved; to score it: "
                 f"python -m distilllens export {self.folder.root} --to DIR, "
@@ -382,6 +385,8 @@ class Trainer:
         if not metrics or self.state.take_if_best(metrics[name], larger=larger):
             copy_model(self.folder.latest, self.folder.best)
             self.tracker.say(f"best/ is now step {step}")
+        if not metrics:
+            self.state.best_step = step
         self.state.evaluated_step = step
         reach("evaluate.end", step=step)
         metrics["perf/eval_s"] = time.perf_counter() - start
@@ -444,6 +449,7 @@ class Trainer:
             StorageError: No space, or no right to write.
         """
         self.refuse_non_finite()
+        start = time.perf_counter()
         parts = StateParts(
             config=self.config,
             student=self.module.student,
@@ -453,8 +459,11 @@ class Trainer:
             source=self.resumed_from,
         )
         save_state(self.engine, self.state, parts, self.folder.state)
-        if distributed.is_main():
-            write_status(self.folder, state="running", code=None, step=self.state.step)
+        distributed.on_main(
+            lambda: write_status(self.folder, state="running", code=None, step=self.state.step)
+        )
+        self.totals.start += time.perf_counter() - start  # throughput counts training only
+        self.stop.alive()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -465,6 +474,8 @@ class Trainer:
             "sample_offset": steps * self.steps.global_batch,
             "global_batch": self.steps.global_batch,
             "zero_stage": self.plan.zero_stage,
+            "precision": str(self.plan.dtype),
+            "begun_at": self.begun_at,
             "data_fingerprint": self.data.fingerprint,
             "tokenizer_sha256": self.tokenizer_sha256,
             "layer_pairs": pair_records(self.plan),
@@ -478,11 +489,29 @@ class Trainer:
         """
         allow_changes = self.config.run.allow_changes
         changes = check_same_facts(state, self.facts, allow_changes=allow_changes)
+        groups = self.engine.optimizer.param_groups
+        decays = [group["weight_decay"] for group in groups]
         self.state, saved = load_state(self.engine, state, self.device, seed=self.config.run.seed)
+        # DeepSpeed brings back these options too, which run.allow_changes may have changed.
+        for group, decay in zip(self.engine.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        self.engine.optimizer.clip_grad = self.config.optim.clip_grad
+        if self.state.step > self.steps.total_steps:
+            raise CheckpointError(
+                f"{state} is at step {self.state.step}, this run has {self.steps.total_steps}",
+                fix="raise --optim.epochs or --optim.max_steps",
+            )
+        manifest = read_manifest(state)
+        named = self.config.run.resume
+        is_named = named not in ("auto", "must", "never")
+        self.begun_at = str(Path(named).resolve()) if is_named else manifest["begun_at"]
         self.resumed_from = state
         self.tracker.say(f"resuming from step {self.state.step}")
         if changes:
             self.tracker.say(f"saved → now, allowed by run.allow_changes:{changes}")
+        shape = self.totals.sums_K2.shape
+        same_pairs = manifest["layer_pairs"] == self.facts["layer_pairs"]
         for sums in saved:
-            if sums["sums_K2"].shape == self.totals.sums_K2.shape:  # else of other layer pairs
+            if same_pairs and sums["sums_K2"].shape == shape:
                 self.totals.add(sums)
+        self.stop.alive()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All checks: style, bash, types, tests. Makes .venv first if it must.
-#   bash scripts/test.sh [--fast | --faults] [pytest's options]
+#   bash scripts/test.sh [--fast | --long | --faults] [pytest's options]
 #     --fast      leaves out the tests marked slow
+#     --long      runs those marked long too: many processes, machines, kills; about 25 minutes in all
 #     --faults    of the tests runs tests/faults alone, with the whole kill campaign: 60 kills, a
 #                 table at the end; CAMPAIGN_SEED=N draws the signals and moments of an earlier one
 set -euo pipefail
@@ -13,7 +14,7 @@ options=()
 for option in "$@"; do
   case "$option" in
     --fast) options+=(-m "not slow") ;;
-    --faults) options+=(--faults tests/faults) ;;
+    --faults) options+=(--long tests/faults) ;;
     *) options+=("$option") ;;
   esac
 done

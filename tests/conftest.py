@@ -47,14 +47,14 @@ if os.environ.get("KERNEL_ON_CPU") == "1":  # of test_fused_kernel.py, with TRIT
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="run the kill campaign too (minutes)")
+    parser.addoption("--long", action="store_true", help="run the tests marked long too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--faults"):
+    if not config.getoption("--long"):
         for item in items:
-            if item.get_closest_marker("campaign"):
-                item.add_marker(pytest.mark.skip(reason="bash scripts/test.sh --faults runs it"))
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="bash scripts/test.sh --long runs it"))
 
 
 EOS = "<|endoftext|>"

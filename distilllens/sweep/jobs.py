@@ -24,6 +24,9 @@ STOPPED = (EXIT_TIME_LIMIT, EXIT_INTERRUPTED, 128 + signal.SIGTERM)
 POLL_S = 0.1
 TAIL_BYTES = 4000
 
+OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which torchrun tells a process who it is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -76,7 +79,8 @@ class Runner:
         threads = max(1, (cores or 1) // (parallel * processes))
         # Threads that wait must sleep: where cores are shared, spinning doubles the time of a step.
         wanted = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-        self._environment = wanted | dict(os.environ)
+        # A sweep may itself stand in a process group, which is none of its children's.
+        self._environment = wanted | {n: v for n, v in os.environ.items() if n not in OF_A_GROUP}
         self._unsent: list[int] = []
         self._running: list[_Running] = []
 

@@ -186,8 +186,10 @@ def test_generated_answers_are_those_that_are_trained_on(path: Path, tree: Tree)
 def test_generating_runs_on_all_gpus(tree: Tree) -> None:
     tree.set_gpus(4)
     (command,) = tree.dry_run("scripts/gpt2/tools/generate_data.sh")
-    start = "torchrun --standalone --nproc_per_node 4 -m distilllens generate"
-    assert command[3:10] == start.split()
+    start = (
+        "torchrun --standalone --nproc_per_node 4 --shutdown_timeout 600 -m distilllens generate"
+    )
+    assert command[3:12] == start.split()
 
 
 def test_several_seeds_get_folders_of_their_own(tree: Tree) -> None:

@@ -430,7 +430,7 @@ def test_a_short_campaign(workspace: Workspace, start_forked: Start) -> None:
     assert report.killed == 4 and report.fallbacks == 0, report.table()
 
 
-@pytest.mark.campaign
+@pytest.mark.long
 def test_the_campaign(
     workspace: Workspace, start_forked: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:

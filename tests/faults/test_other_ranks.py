@@ -45,9 +45,9 @@ def start_both(flags: list[str], fault: str) -> list[subprocess.Popen[str]]:
     [
         ("RAISE", 1, 7, "rank 1: error[DL-DISTRIBUTED]: rank 1 failed: InjectedFault"),
         ("KILL", 0, -9, "rank 1: error[DL-DISTRIBUTED]: another process has left"),
-        pytest.param("KILL", 1, -9, "error[DL-DISTRIBUTED]: another", marks=pytest.mark.slow),
-        pytest.param("EXIT0", 1, 0, "error[DL-DISTRIBUTED]: another", marks=pytest.mark.slow),
-        pytest.param("SLEEP:600", 1, 7, "made no step within run.timeout", marks=pytest.mark.slow),
+        pytest.param("KILL", 1, -9, "error[DL-DISTRIBUTED]: another", marks=pytest.mark.long),
+        pytest.param("EXIT0", 1, 0, "error[DL-DISTRIBUTED]: another", marks=pytest.mark.long),
+        pytest.param("SLEEP:600", 1, 7, "made no step within run.timeout", marks=pytest.mark.long),
     ],
 )
 def test_the_others_end(

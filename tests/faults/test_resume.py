@@ -283,6 +283,55 @@ def test_changed_options_and_data_go_on_only_if_asked(
     assert [line["train/lr"] for line in numbers(run) if "train/lr" in line][-2:] != []
 
 
+def test_going_back_to_an_earlier_state_and_on_from_there(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The state of a step that is done again is the new one; the same command does not go back."""
+    flags = ("--optim.max_steps", "6", "--tracking.log_every", "1")
+    stopped(workspace, 2, *flags)
+    run = RunFolder(stopped(workspace, 4, *flags))
+    back = (*flags, "--optim.lr", "5e-3", "--run.allow_changes", "true")
+    named = ("--run.resume", str(run.state / "step-2"))
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        assert main(workspace.flags(*back, *named)) == 143
+    told = capsys.readouterr()
+    assert "optim.lr  0.001 → 0.005" in told.out
+    assert "resume with: python train.py" in told.err and "--run.resume" not in told.err
+    assert (run.state / "before-step-4").is_dir()
+    new, old = weights(run.state / "step-4/student"), weights(run.state / "before-step-4/student")
+    assert any(not torch.equal(new[name], old[name]) for name in new)
+    assert main(workspace.flags(*back, *named)) == 0
+    assert "resuming from step 4" in capsys.readouterr().out
+
+
+def test_changed_decay_and_clipping_hold_after_a_resume(workspace: Workspace) -> None:
+    """DeepSpeed brings the old ones back with the optimizer."""
+    flags = ("--optim.max_steps", "4", "--tracking.log_every", "1")
+    run = stopped(workspace, 2, *flags)
+    shutil.copytree(run, workspace.root / "changed")
+    assert main(workspace.flags(*flags)) == 0
+    changed = (*flags, "--run.allow_changes", "true", "--optim.weight_decay", "100")
+    assert main(workspace.flags(*changed, "--optim.clip_grad", "1e-6", out="changed")) == 0
+    plain, other = weights(run / "latest"), weights(workspace.root / "changed/latest")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert other[name].norm() < 0.96 * plain[name].norm()  # lr · decay: 5 % and 1.5 %
+    bias = "transformer.ln_f.weight"  # not decayed
+    assert torch.allclose(other[bias], plain[bias], atol=0.01)
+
+
+def test_another_precision_is_never_continued(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--optim.max_steps", "4", "--run.allow_changes", "true")
+    stopped(workspace, 2, *flags)
+    capsys.readouterr()
+    bf16 = ("--deepspeed", workspace.deepspeed(1, "bf16"))
+    assert main(workspace.flags(*flags, *bf16)) == 4
+    error = capsys.readouterr().err
+    assert "precision  torch.float32 → torch.bfloat16" in error and "allow_changes" not in error
+
+
 # --- Damage -------------------------------------------------------------------------------------
 
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {

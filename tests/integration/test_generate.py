@@ -139,7 +139,7 @@ def test_counts_add_up_and_are_told(place: Workspace, capsys: pytest.CaptureFixt
     assert f"{counts['empty']} empty ones left out, {counts['truncated']} ended by length" in told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_neither_batches_nor_processes_change_the_answers(place: Workspace) -> None:
     assert run_command(place, "--generate.batch_size", "7") == 0
     shutil.move(place.root / "answers", place.root / "first")

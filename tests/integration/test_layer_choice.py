@@ -159,6 +159,7 @@ def test_dry_run_says_when_the_pairs_are_known(
     ("flags", "told"),
     [
         (("--model.teacher_cache", "cache"), "cannot be used with model.teacher_cache"),
+        (("--model.teacher_placement", "cpu"), "needs model.teacher_placement=device, not cpu"),
         (("--objective.lens.count", "4"), r"lens.count=4 must be in \[1, 3\]"),
         (
             ("--objective.lens.teacher_layers", "[1]", "--objective.lens.student_layers", "[1]"),
@@ -271,7 +272,7 @@ def as_rank(rank: int, port: int, root: str, flags: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_have_the_same_pairs(cut_out: Workspace) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -155,7 +155,7 @@ def test_two_machines_train_as_one_process_does(workspace: Workspace, start: Sta
     assert record["machine"]["world_size"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_deepspeeds_launcher_without_ssh(
     workspace: Workspace, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +176,7 @@ def test_deepspeeds_launcher_without_ssh(
     assert status(run)["code"] == 143 and list((run / "state").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("asked", [0, 1])
 def test_sigterm_on_one_machine_saves_on_all_and_the_same_commands_go_on(
     asked: int, workspace: Workspace, start: Start
@@ -203,7 +203,7 @@ def test_sigterm_on_one_machine_saves_on_all_and_the_same_commands_go_on(
     assert status(run)["step"] >= saved["step"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dead", [0, 1])
 def test_where_a_machine_dies_the_other_ends_with_a_code_of_its_own(
     dead: int, workspace: Workspace, start: Start
@@ -232,7 +232,7 @@ def own_disks(workspace: Workspace) -> tuple[Path, Path]:
     return roots
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flag", "code", "words"),
     [

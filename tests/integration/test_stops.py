@@ -407,7 +407,7 @@ def start(flags: list[str], **options: Any) -> subprocess.Popen[bytes]:
     taken = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by this process
     environment = {name: value for name, value in os.environ.items() if name not in taken}
     environment |= options.pop("env", {})
-    command = [sys.executable, "train.py", *flags]
+    command = [*options.pop("before", ()), sys.executable, "train.py", *flags]
     return subprocess.Popen(command, cwd=PROJECT, env=environment, **options)
 
 
@@ -416,7 +416,7 @@ def test_a_run_outlives_its_screen(workspace: Workspace) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     flags = workspace.flags("--optim.max_steps", "2")
-    child = start(flags, stdout=write_end, preexec_fn=lambda: os.close(2))
+    child = start(flags, before=("sh", "-c", 'exec "$@" 2>&-', "sh"), stdout=write_end)
     os.close(write_end)
     assert child.wait(120) == 0
     run = RunFolder(workspace.root / "run")

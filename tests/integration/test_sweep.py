@@ -302,7 +302,7 @@ def flags_of(workspace: Workspace) -> dict[str, Any]:
     return {flag.removeprefix("--"): value for flag, value in pairs.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_trainings_are_stopped_resumed_and_scored(workspace: Workspace) -> None:
     sweep, out = workspace.root / "tiny.yaml", workspace.root / "sweep"
     scoring = {"data_dir": f"{workspace.root}/data", "sets": ["toy"], "eval.seeds": [1]}

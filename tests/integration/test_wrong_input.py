@@ -145,7 +145,7 @@ CASES = {
         2, "bf16 needs ZeRO stage 1", DS_FILE, deepspeed_file('{"bf16": {"enabled": true}}')
     ),
     "precision in conflict": Case(
-        2, r"model\.dtype=bfloat16, but .* has bf16 off", ("--model.dtype", "bfloat16")
+        2, r"model\.dtype=bfloat16, but .* is for fp32", ("--model.dtype", "bfloat16")
     ),
     "output folder under a file": Case(
         6,

@@ -200,6 +200,8 @@ def test_the_new_folder_is_complete_when_it_appears(
 FACTS = {
     "world_size": 1,
     "zero_stage": 0,
+    "precision": "torch.float32",
+    "begun_at": "",
     "global_batch": 32,
     "data_fingerprint": "d" * 64,
     "tokenizer_sha256": "t" * 64,

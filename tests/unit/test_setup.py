@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Workspace
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distilllens.config import OptimConfig, TrainConfig
+from distilllens.config import OptimConfig, TrainConfig, load_config
 from distilllens.deepspeed_file import load_deepspeed_config
 from distilllens.errors import ConfigError, DataError
-from distilllens.setup import build_optimizer, count_steps
+from distilllens.setup import build_optimizer, count_steps, plan_run
 
 FAMILIES = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
 CONFIG = TrainConfig(optim=OptimConfig(weight_decay=0.125, lr=0.5))
@@ -156,3 +157,14 @@ def test_fewer_records_than_one_batch() -> None:
     with pytest.raises(DataError, match=r"15 training records .* global batch of 16") as caught:
         count_steps(TrainConfig(optim=optim), 15, 2)
     assert "4 per process × 2 accumulated × 2 processes" in caught.value.why
+
+
+def test_answers_in_stage_3_are_for_one_process(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process would answer other prompts, with weights that all must gather together."""
+    flags = ("--deepspeed", workspace.deepspeed(3), "--eval.metric", "rougeL")
+    plan_run(load_config(workspace.flags(*flags)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="rougeL does not go with ZeRO stage 3"):
+        plan_run(load_config(workspace.flags(*flags)))

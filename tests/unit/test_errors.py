@@ -1,0 +1,25 @@
+"""Errors that travel from one process to another keep what they are and say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from distilllens.errors import CheckpointError, DataError, UserError
+from distilllens.signals import Stopped
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("a.jsonl:4: broken", why="why", fix="fix", kept="kept"),
+        CheckpointError("gone"),
+        Stopped("SIGTERM: stopped while tokenising", code=143, fix="again"),
+    ],
+)
+def test_an_error_survives_the_way(error: UserError) -> None:
+    error.everywhere = False
+    arrived = copy.deepcopy(error)  # by the same method as pickle
+    assert type(arrived) is type(error) and str(arrived) == str(error)
+    assert arrived.exit_code == error.exit_code and arrived.__dict__ == error.__dict__
