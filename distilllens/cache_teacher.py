@@ -75,7 +75,7 @@ def cache_teacher_main(argv: Sequence[str]) -> int:
         UserError: As `cache_teacher`.
     """
     command = shlex.join(["python", "-m", "distilllens", "cache-teacher", *argv])
-    config = load_config(argv)
+    config = load_config(argv, prog="python -m distilllens cache-teacher")
     quiet_libraries()
     cache_teacher(config, distributed.initialize(), StopRequest(resume_command=command))
     distributed.shutdown()

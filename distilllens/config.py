@@ -147,6 +147,14 @@ class LensConfig:
     """Weight of the teacher in the jsd's mixture, in (0, 1)."""
     top_k: int | None = None
     """As objective.top_k, for the lens: each layer's own likeliest tokens; default: all tokens."""
+    mu: float = 0.5
+    """akl: cumulative teacher probability of the head, in (0, 1)."""
+    alpha: float = 0.1
+    """skew_fkl, skew_rkl: share of the KL's first argument in the mixture, in (0, 1)."""
+    fkl_coeff: float = 1.0
+    """fkl+rkl: weight of the forward KL; unequal weights make the lens asymmetric."""
+    rkl_coeff: float = 1.0
+    """fkl+rkl: weight of the reverse KL."""
     norm: Literal["final", "none"] = "final"
     """final: the model's own final norm before the head; none: as in the published code."""
     train_head: bool = True
@@ -214,7 +222,7 @@ class ObjectiveConfig:
     mu: float = 0.5
     """akl: cumulative teacher probability of the head, in (0, 1)."""
     alpha: float = 0.1
-    """skew_fkl, skew_rkl: share of the own distribution in the mixture, in (0, 1)."""
+    """skew_fkl, skew_rkl: share of the KL's first argument in the mixture, in (0, 1)."""
     fkl_coeff: float = 1.0
     """fkl+rkl: weight of the forward KL."""
     rkl_coeff: float = 1.0
@@ -381,11 +389,12 @@ class EvaluateConfig:
     """Show tracebacks on the screen."""
 
 
-def load_config(argv: Sequence[str] | None = None) -> TrainConfig:
+def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> TrainConfig:
     """Reads a training configuration: YAML layers deep-merged, then flags.
 
     Args:
         argv: Arguments without the program's name; default: those of the process.
+        prog: The program's name, for ``--help``: other commands take a training's options too.
 
     Returns:
         The resolved, validated configuration.
@@ -394,7 +403,7 @@ def load_config(argv: Sequence[str] | None = None) -> TrainConfig:
         ConfigError: Unknown keys (all at once, with the nearest known name), values of a wrong
             type or range, a file that is missing or not YAML.
     """
-    config = parse_arguments(TrainConfig, argv, prog="train.py")
+    config = parse_arguments(TrainConfig, argv, prog=prog)
     raise_problems(train_problems(config))
     if config.objective.approach == "seqkd" and config.data.generated is None:
         raise ConfigError(
@@ -488,6 +497,11 @@ def train_problems(config: TrainConfig) -> list[str]:
         f"objective.lens.top_k={lens.top_k} must be ≥ 1": lens.top_k is None or lens.top_k >= 1,
         f"objective.lens.coeff={lens.coeff} must be ≥ 0": lens.coeff >= 0,
         f"objective.lens.beta={lens.beta} must be in (0, 1)": 0 < lens.beta < 1,
+        f"objective.lens.mu={lens.mu} must be in (0, 1)": 0 < lens.mu < 1,
+        f"objective.lens.alpha={lens.alpha} must be in (0, 1)": 0 < lens.alpha < 1,
+        "objective.lens.fkl_coeff and rkl_coeff must be ≥ 0": (
+            lens.fkl_coeff >= 0 and lens.rkl_coeff >= 0
+        ),
         f"objective.lens.count={lens.count} must be ≥ 1": lens.count >= 1,
         f"objective.lens.every={lens.every} must be ≥ 1": lens.every is None or lens.every >= 1,
         "objective.lens.rule=every_n needs objective.lens.every": (

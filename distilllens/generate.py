@@ -97,7 +97,7 @@ def generate_main(argv: Sequence[str]) -> int:
     Raises:
         UserError: As `generate`.
     """
-    config = load_config(argv)
+    config = load_config(argv, prog="python -m distilllens generate")
     quiet_libraries()
     command = shown_command(["python", "-m", "distilllens", "generate", *argv])
     stop = StopRequest(resume_command=command)

@@ -70,10 +70,10 @@ class DistillationObjective:
         )
         self.lens_options = DivergenceOptions(
             beta=lens.beta,
-            mu=config.mu,
-            alpha=config.alpha,
-            fkl_coeff=config.fkl_coeff,
-            rkl_coeff=config.rkl_coeff,
+            mu=lens.mu,
+            alpha=lens.alpha,
+            fkl_coeff=lens.fkl_coeff,
+            rkl_coeff=lens.rkl_coeff,
             top_k=lens.top_k,
         )
 

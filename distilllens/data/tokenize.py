@@ -91,7 +91,7 @@ class PreparedData:
             )
         return (
             f"{self.folder}: {len(self.train):,} training and {len(self.dev):,} dev records, "
-            f"{train['response_tokens']:,} response tokens to train on; {told}"
+            f"{int(response_rows(self.train).sum()):,} response tokens to train on; {told}"
         )
 
 

@@ -141,7 +141,7 @@ def _start(sweep: Sweep, script: str) -> list[str]:
     start = [sys.executable]
     if sweep.processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone"]
-        start += ["--nproc_per_node", str(sweep.processes)]
+        start += ["--nproc_per_node", str(sweep.processes), "--shutdown_timeout", "600"]
     return [*start, script if Path.cwd() == ROOT else str(path)]
 
 

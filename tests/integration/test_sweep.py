@@ -278,7 +278,10 @@ def test_dry_run_prints_every_command_and_starts_nothing(
     assert place.run("--dry_run", "--optim.lr", "0.5", processes=2) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
-    assert "torch.distributed.run --standalone --nproc_per_node 2 train.py --config" in lines[0]
+    assert (
+        "torch.distributed.run --standalone --nproc_per_node 2 --shutdown_timeout 600 train.py"
+        in lines[0]
+    )
     assert lines[0].endswith("--run.output_dir=results/sweeps/toy/a/seed10 --optim.lr 0.5")
     assert place.calls() == [] and not place.out.exists()
 

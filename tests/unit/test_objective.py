@@ -53,7 +53,7 @@ def test_kd_weighs_by_ratio_and_squared_temperature() -> None:
 
 def test_lens_terms() -> None:
     lens = objective(
-        {"coeff": 0.5, "weights": [1.0, 3.0], "beta": 0.2, "train_head": False},
+        {"coeff": 0.5, "weights": [1.0, 3.0], "beta": 0.2, "alpha": 0.3, "train_head": False},
         kd_ratio=0.3,
         temperature=2.0,
         beta=0.9,
@@ -64,7 +64,7 @@ def test_lens_terms() -> None:
     assert (final.kind, final.options.beta, final.train_head) == ("rkl", 0.9, True)
     for term, number, weight in ((first, 0, 0.5), (second, 1, 1.5)):  # scaled to a mean of 1
         assert term.kind == "jsd"
-        assert (term.options.temperature, term.options.beta, term.options.alpha) == (1.0, 0.2, 0.4)
+        assert (term.options.temperature, term.options.beta, term.options.alpha) == (1.0, 0.2, 0.3)
         assert term.divergence_weight == pytest.approx(10 * 0.3 * 0.5 * weight / 2)
         assert term.cross_entropy_weight == 0.0 and term.targets_N is None
         assert not term.train_head

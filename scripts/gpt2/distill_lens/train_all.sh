@@ -5,7 +5,7 @@
 set -euo pipefail
 
 model="${MODEL:-base}"                               # "base" or "medium"
-types="${TYPES:-rkl}"                                # one run each: fkl rkl fkl+rkl jsd akl
+types="${TYPES:-rkl}"                                # one run each: fkl rkl fkl+rkl jsd akl skew_fkl skew_rkl tvd
 gpus="${GPUS:-4}"                                    # of this machine; fewer are used if fewer are there
 seeds="${SEEDS:-10}"                                 # training seeds, one run each: "10 20 30"
 CKPT_NAME="${CKPT_NAME:-gpt2-$model}"                # the student, a folder under checkpoints/

@@ -4,7 +4,7 @@
 #   bash scripts/llama/distill_lens/train_all.sh [--section.key value …]     DRY_RUN=1: only print the commands
 set -euo pipefail
 
-types="${TYPES:-rkl}"                                # one run each: fkl rkl fkl+rkl jsd akl
+types="${TYPES:-rkl}"                                # one run each: fkl rkl fkl+rkl jsd akl skew_fkl skew_rkl tvd
 gpus="${GPUS:-4}"                                    # of this machine; fewer are used if fewer are there
 seeds="${SEEDS:-10}"                                 # training seeds, one run each: "10 20 30"
 CKPT_NAME="${CKPT_NAME:-TinyLlama-1.1B}"             # the student, a folder under checkpoints/
