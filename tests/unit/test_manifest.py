@@ -15,6 +15,7 @@ import pytest
 from distilllens.errors import CheckpointError
 from distilllens.faults import VARIABLE, InjectedFault
 from distilllens.manifest import (
+    FORMAT_VERSION,
     FileRecord,
     HashedFile,
     clean_leftovers,
@@ -76,7 +77,7 @@ def test_an_untouched_folder_is_whole_and_tells_its_facts(tmp_path: Path) -> Non
     folder = commit(tmp_path / "step-7", epoch=2)
     assert find_damage(folder) == ""
     content = read_manifest(folder)
-    assert (content["step"], content["epoch"], content["format_version"]) == (7, 2, 1)
+    assert (content["step"], content["epoch"], content["format_version"]) == (7, 2, FORMAT_VERSION)
     assert {name: f["size"] for name, f in content["files"].items()} == {
         name: len(data) for name, data in FILES.items()
     }
@@ -135,7 +136,7 @@ def test_files_that_no_manifest_names_are_refused(tmp_path: Path) -> None:
         lambda content: content["files"].pop("a.bin") and None,
         lambda content: content.pop("files") and None,
         lambda content: content.pop("format_version") and None,
-        lambda content: content.update(format_version=2),
+        lambda content: content.update(format_version=FORMAT_VERSION + 1),
     ],
 )
 def test_forged_manifests_are_refused_not_followed(
