@@ -332,20 +332,38 @@ def draw_faults(generator: random.Random) -> dict[str, str]:
     return {VARIABLE: ",".join(f"{p}=SLEEP:0.2" for p in generator.sample(WIDENED, 3))}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """When there were enough kills."""
+
+    kills: int
+    plain: int = 0
+    """Of `python train.py`."""
+    spread: int = 0
+    """Each in training, in evaluation, and in writing or deleting."""
+
+    def is_met(self, report: Report) -> bool:
+        """Whether there were."""
+        landed = Counter(place for place, _ in report.kills.elements())
+        writing = landed["models"] + landed["state"] + landed["old state"]
+        least = min(landed["training"], landed["evaluation"], writing)
+        enough = report.killed >= self.kills and report.plain >= self.plain
+        return enough and least >= self.spread
+
+
 def kill_until_it_ends(
     target: Target,
     seconds: float,
     report: Report,
     generator: random.Random,
     *,
-    kills: int,
+    goal: Goal,
     start_forked: Start,
-    plain: int,
 ) -> None:
     """Starts and kills until a kill comes too late, or there were enough; then to the end."""
-    while report.killed < kills or report.plain < plain:
+    while not goal.is_met(report):
         before = target.newest_step()
-        is_plain = plain > 0 and report.starts % PLAIN_EACH == PLAIN_EACH - 1
+        is_plain = goal.plain > 0 and report.starts % PLAIN_EACH == PLAIN_EACH - 1
         child = target.start(start_plain if is_plain else start_forked, draw_faults(generator))
         report.starts += 1
         if is_plain or generator.random() < 0.9:
@@ -373,8 +391,7 @@ def campaign(
     start_forked: Start,
     *,
     metrics: tuple[str, ...],
-    kills: int,
-    plain: int,
+    goal: Goal,
 ) -> Report:
     """Kills runs, one after the other, so many times; every one must end as an undisturbed one.
 
@@ -382,18 +399,17 @@ def campaign(
         workspace: Of the runs.
         start_forked: Starts most of them.
         metrics: What chooses best/; one undisturbed run of each is made, then they take turns.
-        kills: At least so many.
-        plain: At least so many of `python train.py`.
+        goal: How long it goes on.
     """
     report = Report(seed=int(os.environ.get(SEED, random.SystemRandom().randrange(10**6))))
     print(f"{SEED}={report.seed}")
     generator = random.Random(report.seed)
     add_dropout(workspace)
     straight = {metric: run_straight(workspace, metric, start_forked) for metric in metrics}
-    if plain:  # forked and plain processes compute the same
+    if goal.plain:  # forked and plain processes compute the same
         for metric in metrics:
             check_equal(run_straight(workspace, metric, start_plain)[0], straight[metric][0])
-    while report.killed < kills or report.plain < plain:
+    while not goal.is_met(report):
         metric = metrics[report.runs % len(metrics)]
         target = Target(workspace, metric, f"run-{report.runs}")
         kill_until_it_ends(
@@ -401,9 +417,8 @@ def campaign(
             straight[metric][1],
             report,
             generator,
-            kills=kills,
+            goal=goal,
             start_forked=start_forked,
-            plain=plain,
         )
         check_equal(target.run, straight[metric][0])
         report.runs += 1
@@ -426,7 +441,7 @@ runs.write_json(pathlib.Path(sys.argv[1], "status.json"), {})
 
 def test_a_short_campaign(workspace: Workspace, start_forked: Start) -> None:
     """Some kills in every test run."""
-    report = campaign(workspace, start_forked, metrics=("rougeL",), kills=4, plain=0)
+    report = campaign(workspace, start_forked, metrics=("rougeL",), goal=Goal(kills=4))
     assert report.killed == 4 and report.fallbacks == 0, report.table()
 
 
@@ -434,10 +449,8 @@ def test_a_short_campaign(workspace: Workspace, start_forked: Start) -> None:
 def test_the_campaign(
     workspace: Workspace, start_forked: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = campaign(workspace, start_forked, metrics=METRICS, kills=60, plain=6)
+    goal = Goal(kills=60, plain=6, spread=5)
+    report = campaign(workspace, start_forked, metrics=METRICS, goal=goal)
     with capsys.disabled():
         print(f"\n{report.table()}", file=sys.stderr)
-    assert report.killed >= 60 and report.plain >= 6 and report.fallbacks == 0
-    landed = Counter(place for place, _ in report.kills.elements())
-    writing = landed["models"] + landed["state"] + landed["old state"]
-    assert min(landed["training"], landed["evaluation"], writing) >= 5
+    assert goal.is_met(report) and report.fallbacks == 0

@@ -96,3 +96,27 @@ def test_a_bad_number_of_one_rank_is_told_by_all_with_its_records(workspace: Wor
     )
     assert dumped["gradients"] and dumped["sums"][0][1] > 0
     assert read_status(run)["code"] == 5
+
+
+def test_broken_records_are_told_once_and_keep_their_code(workspace: Workspace) -> None:
+    """Only the first process reads them; the other learns of it and does not talk of itself."""
+    with (workspace.root / "data/toy/raw.jsonl").open("a") as records:
+        records.write("not JSON\n")
+    processes = start_both(workspace.flags(*FLAGS), "")
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [3, 3]
+    assert errors[0].count("error[") == 1 and "raw.jsonl:61: invalid JSON" in errors[0]
+    assert "error[" not in errors[1]
+    status = read_status(RunFolder(workspace.root / "run"))
+    assert (status["exit"], status["code"]) == ("DL-DATA", 3)
+
+
+def test_a_full_disk_in_one_ranks_evaluation_is_told_by_that_rank(workspace: Workspace) -> None:
+    processes = start_both(workspace.flags(*FLAGS), "evaluate.start@2#1=ENOSPC")
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [7, 6]
+    assert "rank 1: error[DL-STORAGE]: no space left" in errors[1] and "error[" not in errors[0]
+    run = RunFolder(workspace.root / "run")
+    status = read_status(run)
+    assert (status["exit"], status["code"], status["step"]) == ("DL-STORAGE", 6, 2)
+    assert status["last_checkpoint"] == str(run.state / "step-2")

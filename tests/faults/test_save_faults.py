@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from distilllens import distributed
 from distilllens.checkpoint import load_state
 from distilllens.config import load_config
-from distilllens.errors import StorageError
+from distilllens.errors import ConfigError, StorageError
 from distilllens.faults import POINTS, VARIABLE, InjectedFault
 from distilllens.manifest import find_damage, newest_good_state
 from distilllens.resume import find_state
@@ -218,3 +218,19 @@ def test_deepspeeds_files_are_never_run_as_code(run: SavedRun) -> None:
     with pytest.raises(Exception, match="cannot be loaded"):
         run.load(state)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(("processes", "everywhere"), [(1, True), (2, False)])
+def test_an_error_of_an_evaluation_may_be_one_processs_own(
+    run: SavedRun, monkeypatch: pytest.MonkeyPatch, processes: int, everywhere: bool
+) -> None:
+    """Else no other rank than the first would tell what its prompts led to."""
+
+    def fail(_: object) -> None:
+        raise ConfigError("prompt 3 has 999 tokens")
+
+    monkeypatch.setattr(Trainer, "evaluate", fail)
+    monkeypatch.setattr(run.trainer, "world_size", processes)
+    with pytest.raises(ConfigError) as caught:
+        run.trainer._evaluate_saved()
+    assert caught.value.everywhere == everywhere
