@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything DistillLens needs; does nothing when it is up to date.
-#   bash scripts/setup.sh [EXTRA …]     extras of pyproject.toml: test, quant, smollm2
+#   bash scripts/setup.sh [EXTRA …]     extras of pyproject.toml: test, quant, smollm2, similarity, judge, harness, vllm
 # PYTHON=/path/to/python3.12 chooses the interpreter.
 set -euo pipefail
 # shellcheck source=scripts/lib/project.sh
