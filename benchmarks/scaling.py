@@ -105,14 +105,18 @@ class Way:
     checkpointing: bool = False
     records: int = 4
     cached: bool = False
+    sharded: bool = False
+    offload: bool = False
+    """The optimizer in main memory."""
 
     @property
     def name(self) -> str:
         """As it stands in the tables."""
-        more = [f"zero{self.stage}"]
+        more = [f"zero{self.stage}" + ("_offload" if self.offload else "")]
         more += ["ckpt"] if self.checkpointing else []
         more += [f"batch {self.records}"] if self.records != 4 else []
         more += ["cache"] if self.cached else []
+        more += ["sharded"] if self.sharded else []
         return " + ".join(more)
 
 
@@ -126,17 +130,21 @@ WAYS = (
     Way(stage=2, checkpointing=True, cached=True),
     Way(stage=3, checkpointing=True, cached=True),
     Way(stage=3, checkpointing=True, records=1, cached=True),
+    Way(stage=2, checkpointing=True, cached=True, offload=True),
+    Way(stage=2, checkpointing=True, records=1, cached=True, offload=True),
 )
 
 
 def build_plan(pair: Pair, way: Way) -> Plan:
     """Returns the plan of `distill_lens` with five layer pairs and 512 tokens, in bf16."""
     flags = ["--model.student", pair.student, "--model.teacher", pair.teacher]
-    flags += ["--deepspeed", "configs/deepspeed/zero2_bf16.json"]
+    file = "zero2_offload_bf16" if way.offload else "zero2_bf16"
+    flags += ["--deepspeed", f"configs/deepspeed/{file}.json"]
     flags += ["--optim.micro_batch_size", str(way.records)]
     flags += ["--model.gradient_checkpointing", str(way.checkpointing).lower()]
     flags += ["--model.student_lora.r", "8"] if pair.lora else []
     flags += ["--model.teacher_cache", "rows"] if way.cached else []
+    flags += ["--model.teacher_placement", "sharded"] if way.sharded else []
     config = load_config(flags)
     deepspeed, dtype = load_deepspeed_config(config)
     teacher, student = SHAPES[pair.teacher], SHAPES[pair.student]
@@ -180,7 +188,8 @@ class Estimates:
 def print_scaling() -> None:
     """Prints the tables as Markdown."""
     estimates = Estimates()
-    for lines in (_purposes(estimates), _stages(estimates), _recommended(estimates)):
+    tables = (_purposes, _stages, _teachers, _recommended)
+    for lines in (table(estimates) for table in tables):
         print("\n".join(lines), end="\n\n")
 
 
@@ -204,6 +213,24 @@ def _stages(estimates: Estimates) -> Iterator[str]:
             ways = (Way(stage=stage), Way(stage=stage, checkpointing=True))
             cells = [[f"{estimates.total(pair, way, gpus):.1f}" for way in ways] for gpus in GPUS]
             yield _row(pair.name if stage == 1 else "", str(stage), *map(" / ".join, cells))
+
+
+def _teachers(estimates: Estimates) -> Iterator[str]:
+    yield "GB on each GPU, ZeRO 2, gradient checkpointing, by where teacher and optimizer are:\n"
+    yield _row("", "", *(f"{gpus} GPU" + "s" * (gpus > 1) for gpus in GPUS))
+    yield _row("---", *["---"] * (len(GPUS) + 1))
+    ways = {
+        "teacher whole": Way(stage=2, checkpointing=True),
+        "teacher sharded": Way(stage=2, checkpointing=True, sharded=True),
+        "teacher cached": Way(stage=2, checkpointing=True, cached=True),
+        "teacher cached, optimizer offloaded": Way(
+            stage=2, checkpointing=True, cached=True, offload=True
+        ),
+    }
+    for pair in PAIRS:
+        for number, (label, way) in enumerate(ways.items()):
+            cells = [f"{estimates.total(pair, way, gpus):.1f}" for gpus in GPUS]
+            yield _row("" if number else pair.name, label, *cells)
 
 
 def _recommended(estimates: Estimates) -> Iterator[str]:

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
@@ -136,8 +137,12 @@ def parse_arguments(config_class: type[T], argv: Sequence[str] | None, *, prog: 
     return config
 
 
+@cache
 def build_parser(config_class: type, *, prog: str) -> ArgumentParser:
-    """Returns the parser of a configuration class; its field docstrings are the help texts."""
+    """Returns the parser of a configuration class; its field docstrings are the help texts.
+
+    Made once: it costs twice as much as a parse, and a sweep parses once for each method.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog, exit_on_error=False, default_env=False, parser_mode="plain_yaml"

@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 """Where train.py and evaluate.py are."""
 BUDGET = ("data.", "optim.", "eval.", "model.student", "model.dtype", "deepspeed")
 """What the options begin with that decide what a training may use, and where it starts."""
+RECORDS = ("data.path", "data.generated", "data.keep_gold", "data.train_size", "eval.dev_size")
+"""Options that decide how many records there are to train on."""
+STEPS = "optim.max_steps"
+"""Differs too where the records do and their passes decide the number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +161,19 @@ def unequal_options(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, A
         for key in keys
         if key.startswith(BUDGET)
     }
-    return {
+    differing = {
         key: by_method
         for key, by_method in values.items()
         if len({repr(value) for value in by_method.values()}) > 1
     }
+    if any(key in differing for key in RECORDS) and STEPS not in differing:
+        passes = {
+            method: f"{config.optim.epochs} epochs of its own records"
+            for method, config in configs.items()
+            if config.optim.max_steps is None
+        }
+        differing |= {STEPS: passes} if passes else {}
+    return differing
 
 
 def refused_options(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from rich.console import Console
 
 from distilllens.errors import EXIT_OK, ConfigError
@@ -55,8 +56,7 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     """
     arguments, extra = _parse(argv)
     sweep = read_sweep(arguments.file)
-    if arguments.output_dir is not None:
-        sweep = replace(sweep, output_dir=arguments.output_dir)
+    sweep = _override(sweep, arguments)
     check_extra_flags(sweep, extra)
     console = _console()
     if arguments.table_only:
@@ -88,8 +88,39 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--table_only", action="store_true", help="write the table from the folders alone")
     add("--fail_fast", action="store_true", help="end at the first training that fails")
     add("--output_dir", metavar="DIR", type=Path, help="instead of the sweep file's")
+    add("--processes", metavar="N", type=int, help="of one training, instead of the sweep file's: "
+        "one for each GPU; optim.accumulation makes up for fewer")  # fmt: skip
+    add(
+        "--parallel",
+        metavar="N",
+        type=int,
+        help="trainings at the same time, instead of the file's",
+    )
     arguments, extra = parser.parse_known_args(argv)
     return arguments, extra
+
+
+def _override(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
+    """Puts the command line's values in place of the file's.
+
+    Raises:
+        ConfigError: A number below 1, or more processes than this machine has GPUs.
+    """
+    for name in ("output_dir", "processes", "parallel"):
+        value = getattr(arguments, name)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"--{name} {value} must be ≥ 1")
+        if value is not None:
+            sweep = replace(sweep, **{name: value})
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < sweep.processes and not (arguments.dry_run or arguments.table_only):
+        times = sweep.processes / gpus
+        raise ConfigError(
+            f"{sweep.processes} processes for each training, but this machine has {gpus} GPUs",
+            fix=f"--processes {gpus}, and {times:g} times the --optim.accumulation for the same "
+            "records in a step",
+        )
+    return sweep
 
 
 def _console() -> Console:

@@ -23,7 +23,7 @@ from distilllens.report.tables import (
     to_latex,
     to_markdown,
 )
-from distilllens.sweep.cells import unequal_options
+from distilllens.sweep.cells import STEPS, unequal_options
 from distilllens.sweep.paired import LEVEL, PairedDifference, paired_difference
 from distilllens.sweep.results import MethodResult, TrainedRun
 from distilllens.sweep.spec import Sweep
@@ -100,8 +100,15 @@ class SweepTable:
             result.name: result.runs[0].record.config for result in self.results if result.runs
         }
         keys = unequal_options(configs)
+        steps = {
+            r.name: max(run.record.num_steps for run in r.runs) for r in self.results if r.runs
+        }
+        if STEPS in keys:  # what was done tells more than what was configured
+            keys[STEPS] = {method: steps[method] for method in keys[STEPS]}
         return {
-            key: values for key, values in keys.items() if key != "optim.lr" or not self.sweep.lr
+            key: values
+            for key, values in keys.items()
+            if len(set(map(repr, values.values()))) > 1 and (key != "optim.lr" or not self.sweep.lr)
         }
 
     def is_unequal(self, method: str) -> bool:

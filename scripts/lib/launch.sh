@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The one place that starts train.py, evaluate.py and generate. Sourced by the scripts after their line gpus=.
+# The one place that starts train.py, evaluate.py, generate and cache-teacher. Sourced by the scripts after their line gpus=.
 # shellcheck source=scripts/lib/project.sh
 source "$(dirname "${BASH_SOURCE[0]}")/project.sh"
 # shellcheck source=scripts/lib/processes.sh
@@ -10,6 +10,7 @@ processes=$(count_processes "${gpus:-1}") launched=0
 
 launch_train() { launch "$(value_of --run.output_dir "$@")" train.py "$@"; }
 launch_evaluate() { launch "$(value_of --output_dir "$@")" evaluate.py "$@"; }
+launch_cache() { launch "$(value_of --model.teacher_cache "$@")" -m distilllens cache-teacher "$@"; }
 launch_generate() { launch "$(value_of --data.generated "$@")" -m distilllens generate "$@"; }
 
 launch() { # FOLDER SCRIPT|-m MODULE ARGUMENT…: runs it on all processes; returns the run's own exit code

@@ -37,11 +37,13 @@ hand_on() { # PID: SIGTERM to it; DeepSpeed's launcher, without ssh, would die o
   kill -TERM "${to% }" 2>/dev/null || true
 }
 
-start_script() { # SCRIPT.sh|train.py|evaluate.py ARGUMENT…: this machine's part of it
+start_script() { # SCRIPT.sh|train.py|evaluate.py|generate|cache-teacher ARGUMENT…: this machine's part of it
   case "${1:-}" in
     train.py) launch_train "${@:2}" ;;
     evaluate.py) launch_evaluate "${@:2}" ;;
+    generate) launch_generate "${@:2}" ;;
+    cache-teacher) launch_cache "${@:2}" ;;
     *.sh) exec bash "$@" ;; # a signal reaches it directly
-    *) echo "error: what shall run? one of $(ls -m scripts/*/*/*.sh), train.py or evaluate.py" >&2 && return 2 ;;
+    *) echo "error: what shall run? one of $(ls -m scripts/*/*/*.sh), train.py, evaluate.py, generate or cache-teacher" >&2 && return 2 ;;
   esac
 }

@@ -61,6 +61,14 @@ def test_torchrun_starts_train_itself(tree: Tree) -> None:
     assert command[-3:] == ["train.py", "--run.output_dir", "two words"]
 
 
+@pytest.mark.parametrize("verb", ["generate", "cache-teacher"])
+def test_torchrun_starts_commands_that_work_for_a_training(tree: Tree, verb: str) -> None:
+    arguments = [verb, "--config", "configs/base.yaml", "--data.generated", "answers"]
+    (command,) = tree.dry_run(TORCHRUN, *arguments, **FIRST)
+    assert command[-7:] == ["-m", "distilllens", *arguments]
+    assert "--nnodes" in command
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "settings", "words"),
     [

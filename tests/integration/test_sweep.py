@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import PROJECT, Workspace
 
@@ -270,6 +271,21 @@ def test_without_an_evaluation_methods_are_compared_on_the_dev_set(place: Place)
     assert table["b"]["difference"]["verdict"] == "better"  # a smaller loss
     text = (place.out / "sweep.md").read_text()
     assert "| b † |" in text and "not an equal budget: optim.lr: a 0.0002, b 0.0001" in text
+
+
+def test_flags_change_how_a_sweep_is_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.run("--dry_run", "--processes", "3", "--output_dir", "elsewhere") == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert all("--nproc_per_node 3" in line and "elsewhere/" in line for line in commands)
+    with pytest.raises(ConfigError, match="--parallel 0 must be ≥ 1"):
+        place.run("--parallel", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="this machine has 1 GPUs") as refused:
+        place.run("--processes", "4")
+    assert "4 times the --optim.accumulation" in str(refused.value.fix)
+    assert place.calls() == []
 
 
 def test_dry_run_prints_every_command_and_starts_nothing(

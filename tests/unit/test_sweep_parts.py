@@ -130,6 +130,20 @@ def test_an_unequal_budget_is_found_and_can_be_allowed(tmp_path: Path) -> None:
     assert refused_options(allowed, build_cells(allowed)) == {}
 
 
+def test_own_records_mean_another_number_of_steps(tmp_path: Path) -> None:
+    """Epochs over other records are other steps; a number of steps is the same for all."""
+    methods = {"a": {}, "b": {"set": {"data.generated": "answers"}}}
+    own = {"methods": methods, "allow_unequal": ["data.generated"]}
+    sweep = sweep_of(tmp_path, **own)
+    told = "20 epochs of its own records"
+    assert refused_options(sweep, build_cells(sweep)) == {"optim.max_steps": {"a": told, "b": told}}
+    steps = {"objective.approach": "sft", "optim.max_steps": 5}
+    assert refused_options(sweep_of(tmp_path, **own, set=steps), build_cells(
+        sweep_of(tmp_path, **own, set=steps))) == {}  # fmt: skip
+    said = sweep_of(tmp_path, methods=methods, allow_unequal=["data.generated", "optim.max_steps"])
+    assert refused_options(said, build_cells(said)) == {}
+
+
 def test_only_options_of_the_budget_can_be_allowed(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, allow_unequal=["optim.rl", "tracking.log_every"])
     with pytest.raises(ConfigError) as told:
