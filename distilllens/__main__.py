@@ -27,6 +27,12 @@ COMMANDS = {
         "sample the teacher's answers to the training prompts, to train on",
     ),
     "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
+    "card": (
+        "distilllens.card_command",
+        "card_main",
+        "write the model card, with the scores so far",
+    ),
+    "push": ("distilllens.push", "push_main", "upload an exported model to the Hugging Face hub"),
     "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
     "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),

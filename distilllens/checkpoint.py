@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distilllens import distributed
+from distilllens.card_facts import CardFacts
 from distilllens.config import TrainConfig
 from distilllens.distributed import Result, on_main, together
 from distilllens.errors import CheckpointError
@@ -152,6 +153,8 @@ class StateParts:
     """What this process has added up since the last line of metrics."""
     source: Path | None = None
     """The state that this run went on from; it is never deleted."""
+    card: CardFacts | None = None
+    """Of the student's card, on the first process."""
 
 
 def save_state(engine: Any, state: TrainState, parts: StateParts, folder: Path) -> None:
@@ -220,8 +223,13 @@ def _write_parts(
     reach("save.after_random", step=state.step)
     if not distributed.is_main():
         return records
-    write_model(parts.student, parts.tokenizer, draft / STUDENT_FOLDER, weights)
-    for name, record in hash_folder(draft / STUDENT_FOLDER).items():
+    student_folder, sampling = draft / STUDENT_FOLDER, parts.config.eval
+    write_model(
+        *(parts.student, parts.tokenizer, student_folder, weights),
+        sampling=sampling,
+        card=parts.card,
+    )
+    for name, record in hash_folder(student_folder).items():
         records[f"{STUDENT_FOLDER}/{name}"] = record
     reach("save.after_student", step=state.step)
     content = {**dataclasses.asdict(state), "config": dataclasses.asdict(parts.config)}

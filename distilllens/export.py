@@ -8,6 +8,7 @@ import errno
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from distilllens import distributed
+from distilllens.card_facts import CardFacts, dev_metrics_at, facts_of_run, read_facts
+from distilllens.card_scores import mirrored_evaluations, scores_of_model
+from distilllens.config import SamplingConfig, load_config
+from distilllens.data.encode import encode_prompts
+from distilllens.data.prompts import alpaca_prompt, chat_template
 from distilllens.errors import (
     CheckpointError,
     ConfigError,
@@ -34,16 +45,26 @@ from distilllens.manifest import (
     read_manifest,
     replace_folder,
 )
+from distilllens.model_card import maybe_write_card, write_card
+from distilllens.models import vocab_rows
 from distilllens.runs import RunFolder
 
 STUDENT_FOLDER = "student"
 """Of a saved state: the student as a Hugging Face folder."""
+PROTOCOL = SamplingConfig()
+"""The evaluation's settings, where a caller has no own."""
 
 
 def export_model(
-    engine: Any, student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path
+    engine: Any,
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    sampling: SamplingConfig = PROTOCOL,
+    card: CardFacts | None = None,
 ) -> None:
-    """Writes the student as a Hugging Face folder: safetensors, tokenizer, generation config.
+    """Writes the student as a Hugging Face folder: safetensors, tokenizer, generation config, card.
 
     All processes must call it; the first writes. Adapters are merged. The folder is written beside
     its place and then renamed, so a reader finds the old or the new one whole.
@@ -53,14 +74,18 @@ def export_model(
         student: The module inside it, with or without LoRA.
         tokenizer: Goes along.
         folder: Replaced if it exists.
+        sampling: How the student is evaluated; its lengths become the folder's defaults.
+        card: What the card tells, on the first process; None: no card.
 
     Raises:
         StorageError: No space, or no right to write.
     """
     weights = gather_weights(engine)
-    distributed.on_main(
-        lambda: _replace(folder, lambda draft: write_model(student, tokenizer, draft, weights))
-    )
+
+    def write(draft: Path) -> None:
+        write_model(student, tokenizer, draft, weights, sampling=sampling, card=card)
+
+    distributed.on_main(lambda: _replace(folder, write))
 
 
 def gather_weights(engine: Any) -> dict[str, Any] | None:
@@ -82,22 +107,86 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     weights: dict[str, Any] | None,
+    *,
+    sampling: SamplingConfig = PROTOCOL,
+    card: CardFacts | None = None,
 ) -> None:
     """Writes a Hugging Face folder, adapters merged, in the precision of the student's weights.
 
+    Its chat template and generation config are those of the training, not what the checkpoint that
+    it began with brought along.
+
     Args:
         student: With or without LoRA; not changed.
-        tokenizer: Goes along.
+        tokenizer: Goes along; not changed.
         folder: Made if it is not there.
         weights: Of ``student``, where its own are in parts; else None.
+        sampling: How the student is evaluated.
+        card: What the card tells; None: no card.
     """
     if isinstance(student, PeftModel):
         whole = copy.deepcopy(student) if weights is None else _with_weights(student, weights)
         student, weights = whole.merge_and_unload(), None
     model = base_model(student)
     model.save_pretrained(folder, state_dict=weights)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    rows = vocab_rows(model.config)
+    generation_settings(tokenizer, rows, sampling).save_pretrained(folder)
+    chatting = with_chat_template(tokenizer)
+    chatting.save_pretrained(folder)
+    if card is not None:
+        facts = replace(card, chat="template" if chatting.chat_template else "text only")
+        maybe_write_card(folder, lambda: write_card(folder, facts))
+
+
+def generation_settings(
+    tokenizer: PreTrainedTokenizerBase, rows: int, sampling: SamplingConfig
+) -> GenerationConfig:
+    """Returns what ``generate`` and pipelines do by default with an exported student.
+
+    Greedy, with the length and the n-gram rule of the evaluation, so that a pipeline gives the text
+    that the evaluation would score. A base checkpoint's own, as Qwen2.5's repetition penalty of
+    1.1, would give another.
+
+    Args:
+        tokenizer: Of the student.
+        rows: Of its LM head; those that stand for no token are forbidden.
+        sampling: How the student is evaluated.
+    """
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        no_repeat_ngram_size=sampling.no_repeat_ngram_size or None,
+        suppress_tokens=list(range(num_tokens, rows)) or None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,  # masked out; an added one may have no embedding
+    )
+
+
+PROBE = "Sort the words: pear, apple."
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns a copy of a tokenizer whose chat template makes the prompt of training.
+
+    A base's own template is replaced: the student was not trained on it. Chats are tokenised
+    without the special tokens that a text gets, so the template has them; where that gives other
+    tokens than training had (some tokenizers treat a text behind a special token differently), the
+    copy has none.
+    """
+    chatting = copy.copy(tokenizer)
+    chatting.chat_template = None
+    prompt = alpaca_prompt(PROBE)
+    expected = encode_prompts(tokenizer, [prompt])[0]
+    bare: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    before = tokenizer.convert_ids_to_tokens(expected[: len(expected) - len(bare)])
+    chatting.chat_template = chat_template("".join(before))
+    chat = [{"role": "user", "content": PROBE}]
+    encoded = chatting.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    if encoded != expected:
+        chatting.chat_template = None
+    return chatting
 
 
 def _with_weights(student: PeftModel, weights: dict[str, Any]) -> PeftModel:
@@ -194,11 +283,22 @@ def export_state(state: Path, folder: Path) -> None:
         reach("export.verified")
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(state / STUDENT_FOLDER, draft)
+        maybe_write_card(draft, lambda: _write_card_of_state(state, draft))
         reach("export.copied")
         replace_folder(draft, folder)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise storage_error(error, folder, kept=f"{state} is untouched") from None
+
+
+def _write_card_of_state(state: Path, folder: Path) -> None:
+    """Writes the card of a model out of a state, with what its run has measured since."""
+    run, facts = RunFolder(state.resolve().parents[1]), read_facts(folder)
+    if facts is None:  # a state of an earlier version
+        facts = facts_of_run(run, load_config(["--config", str(run.config)]))
+    step = int(read_manifest(state)["step"])
+    facts = replace(facts, step=step, dev=dev_metrics_at(run, step))
+    write_card(folder, facts, scores_of_model(folder, mirrored_evaluations(run.root)))
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distilllens import distributed
 from distilllens.bad_step import bad_step_error
+from distilllens.card_facts import CardFacts, facts_of_run
 from distilllens.checkpoint import (
     StateParts,
     TrainState,
@@ -141,6 +142,7 @@ class Trainer:
         self.begun_at = ""  # the state that run.resume named, once: later ones are this run's own
         self.tokenizer_sha256 = tokenizer_fingerprint(plan.tokenizer)
         self.totals = self._new_totals()
+        self.card = self._collect_card()
 
     # --- The loop ---
 
@@ -379,7 +381,11 @@ class Trainer:
         reach("evaluate.start", step=step)
         metrics = self.dev_metrics()
         reach("evaluate.after_dev", step=step)
-        export_model(self.engine, self.module.student, self.plan.tokenizer, self.folder.latest)
+        export_model(
+            *(self.engine, self.module.student, self.plan.tokenizer, self.folder.latest),
+            sampling=self.config.eval,
+            card=self._card(metrics),
+        )
         reach("evaluate.after_latest", step=step)
         name, larger = f"eval/dev/{self.config.eval.metric}", self.config.eval.metric == "rougeL"
         if not metrics or self.state.take_if_best(metrics[name], larger=larger):
@@ -457,6 +463,7 @@ class Trainer:
             facts=self.facts,
             sums=self.totals.saved(),
             source=self.resumed_from,
+            card=self._card({}),
         )
         save_state(self.engine, self.state, parts, self.folder.state)
         distributed.on_main(
@@ -464,6 +471,20 @@ class Trainer:
         )
         self.totals.start += time.perf_counter() - start  # throughput counts training only
         self.stop.alive()
+
+    def _collect_card(self) -> CardFacts | None:
+        """Returns what the exports' cards tell; None on all processes but the first."""
+        if not distributed.is_main():
+            return None
+        try:
+            return facts_of_run(self.folder, self.config)
+        except Exception as error:  # of a file that only the card needs: no reason to stop
+            self.tracker.say(f"exports will have no model card: {error}")
+            return None
+
+    def _card(self, dev_metrics: dict[str, float]) -> CardFacts | None:
+        """Returns the facts for the card of this step."""
+        return self.card and replace(self.card, step=self.state.step, dev=dev_metrics)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ FLOORS = """
     families lens layers model_files models deepspeed_file make_student data quickstart
     hidden lens_matrix objective student sharding teacher_cache setup layer_choice dry_step memory
     preview cache_teacher loader numerics_guard
-    evaluation generate report tracking export resume sweep checkpoint loss_scale bad_step
+    evaluation generate report tracking card_facts card_scores model_card card_command export push
+    resume sweep checkpoint loss_scale bad_step
     trainer session doctor
     __main__
 """.split()
