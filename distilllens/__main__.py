@@ -27,13 +27,18 @@ COMMANDS = {
         "sample the teacher's answers to the training prompts, to train on",
     ),
     "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
+    "judge": (
+        "distilllens.evaluation.judge.command",
+        "judge_main",
+        "let a language model grade the answers of an evaluation, or compare two",
+    ),
     "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
     "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 
-OWN_DEBUG = ("cache-teacher", "generate")
-"""Commands that take a training's options, ``--debug`` among them."""
+OWN_DEBUG = ("cache-teacher", "generate", "judge")
+"""Commands that have ``--debug`` among their own options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
