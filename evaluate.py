@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from distilllens.config import load_evaluate_config
 from distilllens.errors import EXIT_OK, end_command
+from distilllens.evaluation.harness import run_harness
 from distilllens.evaluation.protocol import evaluate_checkpoint
 from distilllens.signals import steady_screen
 
@@ -23,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     try:
-        evaluate_checkpoint(load_evaluate_config(arguments))
+        config = load_evaluate_config(arguments)
+        run = evaluate_checkpoint if config.harness is None else run_harness
+        run(config)
     except (Exception, KeyboardInterrupt) as error:
         debug = any(argument.startswith("--debug") for argument in arguments)
         goes_on = "the same command goes on with what is not finished"

@@ -27,6 +27,11 @@ COMMANDS = {
         "sample the teacher's answers to the training prompts, to train on",
     ),
     "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
+    "judge": (
+        "distilllens.evaluation.judge.command",
+        "judge_main",
+        "let a language model grade the answers of an evaluation, or compare two",
+    ),
     "card": (
         "distilllens.card_command",
         "card_main",
@@ -38,8 +43,8 @@ COMMANDS = {
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 
-OWN_DEBUG = ("cache-teacher", "generate")
-"""Commands that take a training's options, ``--debug`` among them."""
+OWN_DEBUG = ("cache-teacher", "generate", "judge")
+"""Commands that have ``--debug`` among their own options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -381,10 +382,76 @@ class EvaluateConfig:
     revision: str | None = None
     """Commit hash of the hub repository."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    harness: list[str] | str | None = None
+    """Tasks of lm-eval, as in arc_easy,hellaswag: run them instead of the sets, in one process,
+    with limit and eval.batch_size; results go to OUTPUT_DIR/harness/TASK."""
+    harness_path: str | None = None
+    """Folder of own tasks (YAML) for harness; functions that they name run as code."""
+    harness_fewshot: int | None = None
+    """Examples before each question of harness; default: the task's own number."""
     overwrite: bool = False
     """Score again what has a results.json already; default: skip it."""
     dry_run: bool = False
     """Load config, tokenizer and sets, tell counts; generate nothing."""
+    debug: bool = False
+    """Show tracebacks on the screen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Let a language model grade answers: `python -m distilllens judge A [--against B] …`."""
+
+    answers: str | None = None
+    """A, the folder of an evaluation (evaluate.py's output_dir); may stand first without a flag."""
+    against: str | None = None
+    """B, the folder of another evaluation of the same prompts: each pair of answers is compared in
+    both orders. Without it each answer of A gets a score from 1 to 10."""
+    base_url: str | None = None
+    """Address of an OpenAI-compatible endpoint, as in https://HOST/v1; prompts and answers go
+    there."""
+    model: str | None = None
+    """The judge's name there."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """NAME of the environment variable that holds the key, which is never logged or stored; null:
+    the endpoint asks for none."""
+    sets: list[str] | None = None
+    """Sets to judge; default: all that are finished in A."""
+    seeds: list[int] | None = None
+    """Sampling seeds to judge; default: all that are finished in A."""
+    limit: int | None = None
+    """Judge only the first N prompts of each set; default: all."""
+    grade_references: bool = True
+    """Score each prompt's first reference too, once, and tell the ratio; not with against."""
+    temperature: float | None = 0.0
+    """The judge's sampling temperature (≥ 0); null: not sent, for models that refuse it."""
+    max_tokens: int = 512
+    """Longest reply of the judge in tokens."""
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls that limit."""
+    asks: int = 3
+    """Times that a question is asked until the reply holds a verdict; then it is unparsed."""
+    concurrency: int = 4
+    """Requests under way at a time."""
+    timeout: float = 60.0
+    """Seconds for one request, from its start to the last byte."""
+    retries: int = 5
+    """Further tries after 429, 500 to 599, a time-out or a broken connection."""
+    wait: float = 1.0
+    """Seconds before the first of them, doubled each time, with jitter; Retry-After comes first."""
+    max_wait: float = 60.0
+    """Longest wait in seconds; an endpoint that asks for a longer one is not waited for."""
+    input_price: float | None = None
+    """Price of a million input tokens; with output_price the cost is counted."""
+    output_price: float | None = None
+    """Price of a million output tokens."""
+    max_cost: float | None = None
+    """Stop, with code 75, before this command's requests can cost more; needs both prices."""
+    max_requests: int | None = None
+    """Stop, with code 75, after this many requests of this command, tries included."""
+    output_dir: str | None = None
+    """Default: A/judge/MODEL. Requests are kept there in cache.jsonl and never paid twice."""
+    dry_run: bool = False
+    """Read and pair the answers, count what is not asked yet; send nothing."""
     debug: bool = False
     """Show tracebacks on the screen."""
 
@@ -418,6 +485,17 @@ def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Reads an evaluation configuration; the same form and errors as `load_config`."""
     config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
     raise_problems(eval_problems(config.eval) + name_problems("name", config.name))
+    if config.harness_fewshot is not None and config.harness_fewshot < 0:
+        raise_problems([f"harness_fewshot={config.harness_fewshot} must be ≥ 0"])
+    return config
+
+
+def load_judge_config(argv: Sequence[str]) -> JudgeConfig:
+    """Reads a judge's configuration; a first argument without a flag is ``answers``."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--answers", *argv]
+    config = parse_arguments(JudgeConfig, argv, prog="python -m distilllens judge")
+    raise_problems(judge_problems(config))
     return config
 
 
@@ -578,6 +656,53 @@ def generate_problems(config: GenerateConfig) -> list[str]:
         ),
     }
     return [t for t, holds in rules.items() if not holds] + _sampling_problems("generate", config)
+
+
+def judge_problems(config: JudgeConfig) -> list[str]:
+    """Returns every setting of a judge that is missing or out of range."""
+    # The value of a wrong api_key_env is not told: it may be the key itself.
+    is_name = config.api_key_env is None or re.fullmatch("[A-Z][A-Z0-9_]*", config.api_key_env)
+    optional = {name: getattr(config, name) for name in ("limit", "max_requests")}
+    amounts = {name: getattr(config, name) for name in ("input_price", "output_price", "max_cost")}
+    rules = {
+        "A, the folder of an evaluation, must be given": config.answers is not None,
+        "base_url must be the http or https address of an endpoint, without user, password or "
+        "query": _is_endpoint(config.base_url),
+        "model must be given": config.model is not None,
+        "api_key_env must be the NAME of a variable in capital letters, not a key": bool(is_name),
+        f"temperature={config.temperature} must be ≥ 0": (config.temperature or 0) >= 0,
+        f"timeout={config.timeout} must be > 0": config.timeout > 0,
+        f"retries={config.retries} must be ≥ 0": config.retries >= 0,
+        f"wait={config.wait} must be in [0, max_wait={config.max_wait}]": (
+            0 <= config.wait <= config.max_wait
+        ),
+        "input_price and output_price must be given together": (
+            (config.input_price is None) == (config.output_price is None)
+        ),
+        "max_cost needs input_price and output_price": (
+            config.max_cost is None or config.input_price is not None
+        ),
+        "sets must not be empty": config.sets != [],
+        "seeds must not be empty": config.seeds != [],
+    }
+    counts = {name: getattr(config, name) for name in ("max_tokens", "asks", "concurrency")}
+    problems = [text for text, holds in rules.items() if not holds]
+    for name, count in {**counts, **optional}.items():
+        if count is not None and count < 1:
+            problems.append(f"{name}={count} must be ≥ 1")
+    return problems + [
+        f"{name}={amount} must be ≥ 0" for name, amount in amounts.items() if (amount or 0) < 0
+    ]
+
+
+def _is_endpoint(address: str | None) -> bool:
+    """Whether it is a plain web address; a password or a key in it would be stored."""
+    try:
+        url = urlsplit(address or "")
+    except ValueError:
+        return False
+    is_plain = url.username is None and not url.query and not url.fragment
+    return url.scheme in ("http", "https") and bool(url.hostname) and is_plain
 
 
 def _sampling_problems(section: str, config: SamplingConfig) -> list[str]:

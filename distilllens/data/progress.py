@@ -21,8 +21,23 @@ PLAIN_INTERVAL = 10.0
 
 
 @contextmanager
-def track(verb: str, unit: str, *, total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Shows how far a loop is; yields a function that takes the number of newly finished units."""
+def track(
+    verb: str,
+    unit: str,
+    *,
+    total: int,
+    console: Console,
+    note: Callable[[], str] | None = None,
+) -> Iterator[Callable[[int], None]]:
+    """Shows how far a loop is; yields a function that takes the number of newly finished units.
+
+    Args:
+        verb: What the loop does.
+        unit: What it counts.
+        total: Units in all.
+        console: Where to show it.
+        note: Returns what else to show, as it stands at the time; default: nothing.
+    """
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -32,15 +47,18 @@ def track(verb: str, unit: str, *, total: int, console: Console) -> Iterator[Cal
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(verb, total=total)
-            yield lambda step: progress.advance(task, step)
+            task = progress.add_task(verb, total=total, note="")
+            yield lambda step: progress.update(task, advance=step, note=note() if note else "")
         return
-    yield _plain_lines(verb, unit, total=total, console=console)
+    yield _plain_lines(verb, unit, total=total, console=console, note=note)
 
 
-def _plain_lines(verb: str, unit: str, *, total: int, console: Console) -> Callable[[int], None]:
+def _plain_lines(
+    verb: str, unit: str, *, total: int, console: Console, note: Callable[[], str] | None
+) -> Callable[[int], None]:
     started = last = time.monotonic()
     done = 0
 
@@ -48,10 +66,11 @@ def _plain_lines(verb: str, unit: str, *, total: int, console: Console) -> Calla
         nonlocal done, last
         done += step
         now = time.monotonic()
-        if now - last < PLAIN_INTERVAL or done >= total:
+        if now - last < PLAIN_INTERVAL or not 0 < done < total:
             return
         last = now
         eta = (now - started) / done * (total - done)
-        console.print(f"{verb}: {done:,} of {total:,} {unit}, ETA {eta:.0f} s", highlight=False)
+        told = f"{verb}: {done:,} of {total:,} {unit}, ETA {eta:.0f} s"
+        console.print(f"{told}, {note()}" if note else told, highlight=False)
 
     return advance

@@ -17,6 +17,8 @@ from typing import Any
 from distilllens.errors import ConfigError, DataError
 
 SEED_FOLDER = re.compile(r"seed(\d+)")
+BESIDE = {"judge", "harness"}
+"""Folders beside the seeds, whose results.json are no scores of sets."""
 METRICS = ("rougeL", "exact_match")
 """The metrics of the tables, both as mean × 100."""
 
@@ -74,7 +76,12 @@ def collect_scores(folders: Iterable[Path]) -> list[Score]:
                 f"--eval {folder}: no such folder",
                 fix="give a folder that evaluate.py wrote, for example results/eval_main",
             )
-        files = (path.resolve() for path in folder.rglob("results.json"))
+        files = (
+            path.resolve()
+            for path in folder.rglob("results.json")
+            if SEED_FOLDER.fullmatch(path.parent.parent.name)
+            or not BESIDE & set(path.relative_to(folder).parts)
+        )
         for file in sorted(files, key=_natural_key):
             scores.setdefault(file, _read_score(file))
     return list(scores.values())

@@ -1,0 +1,1 @@
+"""Answers graded by a language model behind an OpenAI-compatible endpoint."""
