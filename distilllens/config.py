@@ -382,6 +382,23 @@ class EvaluateConfig:
     revision: str | None = None
     """Commit hash of the hub repository."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    similarity: str | None = None
+    """Folder (or hub name) of a sentence-transformers model: also measure the cosine of answers and
+    references, for example sentence-transformers/all-MiniLM-L6-v2. Needs the extra similarity."""
+    similarity_revision: str | None = None
+    """Commit hash of that model's hub repository. Code of its own is never run."""
+    token_metrics: bool = False
+    """Also measure loss, accuracy, calibration and entropy on the references' tokens; with a
+    teacher, the distance from it."""
+    exposure_bias: bool = False
+    """Also measure the excess accumulated error against the teacher: both models answer once more,
+    sampled at temperature 1 without filters."""
+    teacher: str | None = None
+    """Folder (or hub name) of the teacher that token_metrics and exposure_bias compare with."""
+    teacher_lora: str | None = None
+    """Folder of an adapter that is merged into the teacher."""
+    teacher_revision: str | None = None
+    """Commit hash of the teacher's hub repository."""
     harness: list[str] | str | None = None
     """Tasks of lm-eval, as in arc_easy,hellaswag: run them instead of the sets, in one process,
     with limit and eval.batch_size; results go to OUTPUT_DIR/harness/TASK."""
@@ -484,9 +501,11 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") ->
 def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Reads an evaluation configuration; the same form and errors as `load_config`."""
     config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
-    raise_problems(eval_problems(config.eval) + name_problems("name", config.name))
+    problems = eval_problems(config.eval) + name_problems("name", config.name)
+    problems += measure_problems(config)
     if config.harness_fewshot is not None and config.harness_fewshot < 0:
-        raise_problems([f"harness_fewshot={config.harness_fewshot} must be ≥ 0"])
+        problems.append(f"harness_fewshot={config.harness_fewshot} must be ≥ 0")
+    raise_problems(problems)
     return config
 
 
@@ -643,6 +662,26 @@ def eval_problems(config: EvalConfig) -> list[str]:
         "eval.seeds must not be empty": bool(config.seeds),
     }
     return [t for t, holds in rules.items() if not holds] + _sampling_problems("eval", config)
+
+
+def measure_problems(config: EvaluateConfig) -> list[str]:
+    """Returns what is wrong with the further measures of an evaluation."""
+    rules = {
+        "exposure_bias needs teacher": not config.exposure_bias or bool(config.teacher),
+        "teacher is read by token_metrics and exposure_bias: ask for one of them": (
+            config.teacher is None or config.token_metrics or config.exposure_bias
+        ),
+        "teacher_lora needs teacher": config.teacher_lora is None or bool(config.teacher),
+        "teacher_revision needs teacher": config.teacher_revision is None or bool(config.teacher),
+        "trust_remote_code with a teacher needs teacher_revision": (
+            not config.trust_remote_code or not config.teacher or bool(config.teacher_revision)
+        ),
+        "teacher and similarity must not be empty": "" not in (config.teacher, config.similarity),
+        "similarity_revision needs similarity": (
+            config.similarity_revision is None or bool(config.similarity)
+        ),
+    }
+    return [text for text, holds in rules.items() if not holds]
 
 
 def generate_problems(config: GenerateConfig) -> list[str]:

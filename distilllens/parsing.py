@@ -152,7 +152,7 @@ def build_parser(config_class: type, *, prog: str) -> ArgumentParser:
     return parser
 
 
-SWITCHES = ("dry_run", "debug", "overwrite", "download")
+SWITCHES = ("dry_run", "debug", "overwrite", "download", "token_metrics", "exposure_bias")
 """Booleans that may stand without a value."""
 
 

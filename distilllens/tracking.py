@@ -30,6 +30,9 @@ WandbMode = Literal["disabled", "offline", "online"]
 
 logger = logging.getLogger("distilllens")
 
+SHOWN_SCORES = ("loss", "rougeL", "exact_match", "num", "truncated", "mean_tokens")
+"""Of an evaluation's numbers the screen shows these; metrics.jsonl has them all."""
+
 
 class Tracker:
     """Writes metrics and speaks to the screen; on every process but the first it does nothing.
@@ -176,7 +179,8 @@ def describe(metrics: Mapping[str, float]) -> str:
     parts = [
         f"{name.removeprefix('train/').removeprefix('eval/')} {metrics[name]:.4g}"
         for name in metrics
-        if name.startswith(("train/loss", "eval/"))
+        if name.startswith("train/loss")
+        or (name.startswith("eval/") and name.rpartition("/")[2] in SHOWN_SCORES)
     ]
     if "train/lr" in metrics:
         parts.append(f"lr {metrics['train/lr']:.2e}")

@@ -40,6 +40,8 @@ class Answer:
     """Number of tokens, without the end-of-text token."""
     truncated: bool
     """True if the answer ended by length, without an end-of-text token."""
+    ids: tuple[int, ...] = ()
+    """The tokens themselves, without the end-of-text token."""
 
 
 def generate_answers(
@@ -149,7 +151,7 @@ def cut_at_eos(ids: Sequence[int], eos_id: int) -> tuple[list[int], bool]:
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], eos_id: int) -> Answer:
     kept, truncated = cut_at_eos(ids, eos_id)
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Answer(text=str(text), num_tokens=len(kept), truncated=truncated)
+    return Answer(text=str(text), num_tokens=len(kept), truncated=truncated, ids=tuple(kept))
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:

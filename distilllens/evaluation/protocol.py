@@ -26,6 +26,8 @@ from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.data.progress import track
 from distilllens.data.records import Record
 from distilllens.evaluation.generation import Answer, generate_answers
+from distilllens.evaluation.measures import plan_measures, run_measures
+from distilllens.evaluation.metrics_table import build_metrics_table
 from distilllens.evaluation.plan import (
     Cell,
     check_settings,
@@ -39,6 +41,7 @@ from distilllens.evaluation.plan import (
 from distilllens.evaluation.provenance import method_name
 from distilllens.evaluation.results import build_table, check_writable, read_result, write_cell
 from distilllens.evaluation.rouge import exact_match, rouge_l_max
+from distilllens.evaluation.text_metrics import compute_text_metrics
 from distilllens.models import load_model, load_tokenizer
 from distilllens.runs import git_commit, versions
 from distilllens.signals import StopRequest, poll, stoppable
@@ -72,8 +75,8 @@ def compute_metrics(samples: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Returns the means over samples.
 
     Returns:
-        ``rougeL`` and ``exact_match`` × 100, ``num`` samples, ``truncated`` of them, and
-        ``mean_tokens``.
+        ``rougeL`` and ``exact_match`` × 100, ``num`` samples, ``truncated`` of them,
+        ``mean_tokens``, and what `compute_text_metrics` finds.
 
     Raises:
         ValueError: There are no samples.
@@ -88,6 +91,7 @@ def compute_metrics(samples: Sequence[dict[str, Any]]) -> dict[str, float]:
         "num": count,
         "truncated": sum(sample["truncated"] for sample in samples),
         "mean_tokens": sum(sample["num_tokens"] for sample in samples) / count,
+        **compute_text_metrics(samples),
     }
 
 
@@ -191,6 +195,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
         check_windows(config, sets)
         cells = plan_cells(config, sets)
         _print_plan(console, config, cells)
+        measures = plan_measures(config, tokenizer, cells, console)
         if config.dry_run:
             return []
         check_writable(Path(config.output_dir))
@@ -200,10 +205,21 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
         if mine:
             _run_cells(config, tokenizer, mine, console)
         _barrier(world_size)
+        run_measures(
+            measures,
+            config,
+            tokenizer,
+            console,
+            rank=rank,
+            world_size=world_size,
+            device=local_device(),
+            dtype=DTYPES[config.dtype],
+        )
         if rank != 0:
             return []
         results = [read_result(cell.folder / "results.json") for cell in cells]
         console.print(build_table(results, title=f"{method_name(config)} ({config.checkpoint})"))
+        console.print(build_metrics_table(results))
         console.print(f"results and samples: {config.output_dir}", soft_wrap=True)
         return results
 

@@ -30,8 +30,33 @@ def write_cell(
     """
     lines = [json.dumps(sample, ensure_ascii=False, allow_nan=False) for sample in samples]
     _write_atomically(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    write_result(folder / "results.json", result)
+
+
+def write_result(file: Path, result: Mapping[str, Any]) -> None:
+    """Writes a results file.
+
+    Raises:
+        StorageError: As `write_cell`.
+    """
     text = json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2)
-    _write_atomically(folder / "results.json", f"{text}\n")
+    _write_atomically(file, f"{text}\n")
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Reads the samples.jsonl of a finished cell.
+
+    Raises:
+        ConfigError: It is gone, or broken.
+    """
+    file = folder / "samples.jsonl"
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return [json.loads(line) for line in stream]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read", why=str(error), fix="--overwrite scores the set again"
+        ) from None
 
 
 def _write_atomically(path: Path, text: str) -> None:
