@@ -12,7 +12,6 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from distilllens.data.benchmarks import BENCHMARKS
 from distilllens.errors import ConfigError, StorageError
 from distilllens.report.html import LensSection, Page, PageFigure, render_figure, render_page
 from distilllens.report.lens_map import entropy_csv, lens_map_csv
@@ -22,15 +21,15 @@ from distilllens.report.run_maps import MapOptions, RunMaps, build_run_maps
 from distilllens.report.run_record import RunRecord, read_runs, report_folder
 from distilllens.report.run_table import run_rows, runs_to_rich
 from distilllens.report.samples import collect_samples
+from distilllens.report.score_files import Scoreboard, build_scoreboard
 from distilllens.report.scores import (
-    METRICS,
     Method,
     collect_scores,
-    comparison_warnings,
+    evaluation_folder,
     group_methods,
     prompt_counts,
 )
-from distilllens.report.tables import ScoreTable, build_table, to_csv, to_markdown, to_rich
+from distilllens.report.tables import ScoreTable, to_rich
 
 SAMPLES_PER_SET = 10
 EPILOG = (
@@ -57,13 +56,13 @@ def report_main(argv: Sequence[str] | None = None) -> int:
     console = _console()
     runs = read_runs(arguments.runs)
     methods, notes = _collect_methods(runs, arguments.eval)
-    score_tables = _score_tables(methods)
+    scores = build_scoreboard(methods, further=arguments.metrics, baseline=arguments.baseline)
     out = arguments.out or report_folder(run.folder for run in runs)
     _check_writable(out)
     maps, map_notes = _collect_maps(runs, arguments, console)
-    page = _build_page(runs, methods, score_tables, maps, notes + map_notes)
-    _write_all(out, page, score_tables, maps)
-    for table in score_tables:
+    page = _build_page(runs, methods, scores.tables, maps, notes + scores.notes + map_notes)
+    _write_all(out, page, scores, maps)
+    for table in scores.tables:
         console.print(to_rich(table))
     console.print(runs_to_rich(runs))
     for note in page.notes:
@@ -83,6 +82,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="training run folders")
     add("--eval", metavar="DIR", nargs="+", type=Path, help="evaluation folders, in table order")
+    add("--metrics", metavar="NAME", nargs="+", default=[], help="more metrics of results.json, "
+        "beside rougeL and exact_match")  # fmt: skip
+    add("--baseline", metavar="LABEL", help="method of the tables that the others are compared "
+        "with; default: sft, else the first")  # fmt: skip
     add("--out", metavar="DIR", type=Path, help="default: report/ beside the runs")
     add("--data", metavar="FILE", type=Path, help="held-out JSONL of the lens maps; default: "
         "valid.jsonl of the run's data")  # fmt: skip
@@ -123,7 +126,7 @@ def _collect_methods(
             raise ConfigError(
                 f"no results.json below {listed}", fix="run evaluate.py, or leave --eval out"
             )
-        return methods, comparison_warnings(methods)
+        return methods, []
     found, notes = [], []
     for run in runs:
         mirrored = evaluation_folder(run.folder)
@@ -133,26 +136,7 @@ def _collect_methods(
         else:
             found.append(mirrored)
     methods = group_methods(collect_scores(found))
-    return methods, notes + comparison_warnings(methods)
-
-
-def evaluation_folder(run: Path) -> Path | None:
-    """Returns results/eval_main/X for a run in results/train/X; None for a run elsewhere."""
-    parts = list(run.parts)
-    if "train" not in parts[:-1]:
-        return None
-    position = len(parts) - 1 - parts[::-1].index("train")
-    return Path(*parts[:position], "eval_main", *parts[position + 1 :])
-
-
-def _score_tables(methods: Sequence[Method]) -> list[ScoreTable]:
-    """Returns a table per metric; the paper's sets come first, in its order."""
-    if not methods:
-        return []
-    present = {name for method in methods for name in method.test_sets}
-    sets = [name for name in BENCHMARKS if name in present]
-    sets += sorted(present.difference(sets))
-    return [build_table(methods, metric=metric, sets=sets) for metric in METRICS]
+    return methods, notes
 
 
 def _collect_maps(
@@ -296,15 +280,9 @@ def _storage_error(path: Path, error: OSError) -> StorageError:
     )
 
 
-def _write_all(
-    out: Path, page: Page, score_tables: Sequence[ScoreTable], maps: Sequence[RunMaps]
-) -> None:
+def _write_all(out: Path, page: Page, scores: Scoreboard, maps: Sequence[RunMaps]) -> None:
     """Writes every file of the report; report.html last, so that it never stands alone."""
-    files: dict[str, bytes] = {}
-    if score_tables:
-        markdown = [f"### {table.title}\n\n{to_markdown(table)}" for table in score_tables]
-        files["scores.md"] = "\n".join(markdown).encode()
-        files["scores.csv"] = to_csv(score_tables).encode()
+    files = scores.files()
     figures: list[PageFigure] = [*page.score_figures, *page.curves]
     for section in page.lens:
         figures += [*section.maps, section.entropy]

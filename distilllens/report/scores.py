@@ -9,18 +9,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distilllens.data.benchmarks import BENCHMARKS
 from distilllens.errors import ConfigError, DataError
+from distilllens.parsing import did_you_mean
+from distilllens.report.metrics import ALWAYS
 
 SEED_FOLDER = re.compile(r"seed(\d+)")
 BESIDE = {"judge", "harness"}
 """Folders beside the seeds, whose results.json are no scores of sets."""
-METRICS = ("rougeL", "exact_match")
-"""The metrics of the tables, both as mean × 100."""
+GIVEN_FOLDERS = ("given", "teacher")
+"""Folders above the method's whose models are shown but do not compete: checkpoints as they were
+given (run_eval.sh), and a teacher that was trained here (quickstart.sh)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,9 @@ class Score:
     sampling_seed: int
     num_prompts: int
     metrics: Mapping[str, float]
+    """Every number of results.json's metrics: `ALWAYS`, and what else was measured."""
+    checkpoint: str
+    """The folder that was scored; empty where the result does not say."""
     records: str | None
     """Fingerprint of the records, where the result has one."""
     settings: Mapping[str, Any]
@@ -54,6 +63,33 @@ class Method:
     def test_sets(self) -> list[str]:
         """The sets it was scored on, each once, sorted."""
         return sorted({score.test_set for score in self.scores})
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it is a given model, such as the teacher, beside those that are compared."""
+        return any(score.method_folder.parent.name in GIVEN_FOLDERS for score in self.scores)
+
+    @property
+    def by_training(self) -> bool:
+        """Whether it has several training seeds, which are then its units."""
+        return len({score.training_seed for score in self.scores}) > 1
+
+    def by_unit(self, metric: str) -> dict[str, dict[int, float]]:
+        """Returns the metric by set and unit (see `tables`), where it was measured.
+
+        A unit is a training seed with the mean over its sampling seeds, or a sampling seed.
+        """
+        draws: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for score in self.scores:
+            # Beside several training seeds, a training without one stands under −1.
+            seed = score.training_seed if score.training_seed is not None else -1
+            unit = seed if self.by_training else score.sampling_seed
+            if metric in score.metrics:
+                draws[score.test_set][unit].append(score.metrics[metric])
+        return {
+            name: {unit: statistics.fmean(drawn) for unit, drawn in sorted(units.items())}
+            for name, units in draws.items()
+        }
 
 
 def collect_scores(folders: Iterable[Path]) -> list[Score]:
@@ -85,6 +121,22 @@ def collect_scores(folders: Iterable[Path]) -> list[Score]:
         for file in sorted(files, key=_natural_key):
             scores.setdefault(file, _read_score(file))
     return list(scores.values())
+
+
+def evaluation_folder(run: Path) -> Path | None:
+    """Returns where a run's evaluation lies by the scripts' layout; None for a run elsewhere.
+
+    That is results/eval_main/X for a run in results/train/X, and SWEEP/eval/X for one in SWEEP/X,
+    a sweep's folder.
+    """
+    parts = list(run.parts)
+    if "train" in parts[:-1]:
+        position = len(parts) - 1 - parts[::-1].index("train")
+        return Path(*parts[:position], "eval_main", *parts[position + 1 :])
+    for folder in run.parents:
+        if (folder / "sweep.json").is_file():
+            return folder / "eval" / run.relative_to(folder)
+    return None
 
 
 def group_methods(scores: Sequence[Score]) -> list[Method]:
@@ -136,6 +188,59 @@ def comparison_warnings(methods: Sequence[Method]) -> list[str]:
     return warnings
 
 
+def sort_sets(names: Iterable[str]) -> list[str]:
+    """Returns each name once: the paper's sets first, in its order, then the others by name."""
+    present = set(names)
+    known = [name for name in BENCHMARKS if name in present]
+    return known + sorted(present.difference(known))
+
+
+def chosen_metrics(methods: Sequence[Method], further: Sequence[str]) -> list[str]:
+    """Returns the metrics to show: `ALWAYS`, then the further ones that were asked for.
+
+    Raises:
+        ConfigError: A metric that no results.json has, with what there is.
+    """
+    known = {name for method in methods for score in method.scores for name in score.metrics}
+    known.discard("num")
+    for name in further:
+        if name not in known:
+            raise ConfigError(
+                f"--metrics {name}: no results.json has it{did_you_mean(name, known)}",
+                fix=f"any of: {', '.join(sorted(known)) or 'none, as there are no scores'}",
+            )
+    return list(dict.fromkeys([*ALWAYS, *further]))
+
+
+def choose_baseline(methods: Sequence[Method], label: str | None) -> Method | None:
+    """Returns the method that others are compared with; None without a method that competes.
+
+    Args:
+        methods: All methods, in the order of the tables.
+        label: Of the wanted one; default: the first that was only fine-tuned (sft), else the first.
+
+    Raises:
+        ConfigError: No method has the label.
+    """
+    if label is not None:
+        found = [method for method in methods if method.label == label]
+        if not found:
+            labels = [method.label for method in methods]
+            raise ConfigError(
+                f"--baseline {label}: no such method{did_you_mean(label, set(labels))}",
+                fix=f"one of: {', '.join(labels) or 'none, as there are no scores'}",
+            )
+        return found[0]
+    students = [method for method in methods if not method.is_given]
+    tuned = [method for method in students if _is_fine_tuned(method)]
+    return next(iter(tuned or students), None)
+
+
+def _is_fine_tuned(method: Method) -> bool:
+    folder = method.scores[0].method_folder
+    return "sft" in (folder.name, folder.parent.name)
+
+
 def prompt_counts(methods: Sequence[Method]) -> dict[str, int]:
     """Returns the number of prompts of each set (the smallest, where methods differ)."""
     counts: dict[str, int] = {}
@@ -153,7 +258,7 @@ def _read_score(file: Path) -> Score:
             f"{file}: not JSON: {error}", fix="evaluate again with --overwrite"
         ) from None
     try:
-        metrics = {name: float(content["metrics"][name]) for name in METRICS}
+        metrics = _numbers(content["metrics"])
         num_prompts = int(content["metrics"]["num"])
         test_set, seed = str(content["set"]), int(content["seed"])
         name, settings = str(content["name"]), _generation_settings(content["config"])
@@ -176,9 +281,19 @@ def _read_score(file: Path) -> Score:
         sampling_seed=seed,
         num_prompts=num_prompts,
         metrics=metrics,
+        checkpoint=str(content.get("checkpoint", "")),
         records=records,
         settings=settings,
     )
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what is a number: evaluate.py may have written metrics of other forms beside."""
+    numbers = {name: float(metrics[name]) for name in ALWAYS}
+    for name, value in metrics.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            numbers.setdefault(name, float(value))
+    return numbers
 
 
 def _generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:

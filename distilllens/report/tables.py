@@ -9,19 +9,63 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 from rich.table import Table
 
-from distilllens.report.scores import Method
+from distilllens.report.metrics import metric_of
+from distilllens.report.scores import Method, prompt_counts
 
 MISSING = "–"
-METRIC_TITLES = {"rougeL": "Rouge-L", "exact_match": "Exact match (%)"}
+FIRST_SCORE = 2
+"""Column of the first score: the method's label and n come before."""
+Cells = frozenset[tuple[int, int]]
+"""Cells (line, column) of a table's body, counted from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """Which cells stand out."""
+
+    best: Cells = frozenset()
+    """Bold."""
+    second: Cells = frozenset()
+    """Underlined."""
+
+    def __or__(self, other: Marks) -> Marks:
+        return Marks(best=self.best | other.best, second=self.second | other.second)
+
+
+NO_MARKS = Marks()
+
+
+def mark_column(
+    means: Mapping[int, float], column: int, *, better: Literal["larger", "smaller"] | None
+) -> Marks:
+    """Returns the best and the second best cells of a column; all of those that are equal.
+
+    Equal is what is printed alike, with two decimals. NaN is never marked. Nothing is, where there
+    is nothing to choose: fewer than two values, or a metric of which neither way is better.
+
+    Args:
+        means: By line, of the rows that compete.
+        column: Number of the column.
+        better: Which way is better.
+    """
+    shown = {line: f"{mean:.2f}" for line, mean in means.items() if not math.isnan(mean)}
+    if better is None or len(shown) < 2:
+        return NO_MARKS
+    ranked = sorted({float(text) for text in shown.values()}, reverse=better == "larger")
+    places = [
+        frozenset((line, column) for line, text in shown.items() if float(text) == value)
+        for value in ranked[:2]
+    ]
+    return Marks(best=places[0], second=places[1] if len(places) > 1 else frozenset())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +106,8 @@ class Row:
     """Over the units that have every set; None where there is none."""
     unit: str
     """What n counts: sampling or training seeds."""
+    competes: bool = True
+    """Whether it may be the best: a teacher beside its students does not."""
 
     @property
     def summaries(self) -> list[Summary]:
@@ -94,11 +140,13 @@ class ScoreTable:
     metric: str
     sets: tuple[str, ...]
     rows: tuple[Row, ...]
+    prompts: Mapping[str, int] = field(default_factory=dict)
+    """Number of prompts of each set, told in its column's title where it is known."""
 
     @property
     def title(self) -> str:
         """The metric's name for readers."""
-        return METRIC_TITLES.get(self.metric, self.metric)
+        return metric_of(self.metric).title
 
     @property
     def has_average(self) -> bool:
@@ -107,7 +155,23 @@ class ScoreTable:
 
     def header(self) -> list[str]:
         """Returns the column titles."""
-        return ["method", "n", *self.sets, *(["average"] if self.has_average else [])]
+        sets = [f"{name} ({self.prompts[name]:,})" if name in self.prompts else name
+                for name in self.sets]  # fmt: skip
+        return ["method", "n", *sets, *(["average"] if self.has_average else [])]
+
+    def marks(self) -> Marks:
+        """Returns the best and second best mean of each column of scores (see `mark_column`)."""
+        columns = [[row.cells[name] for row in self.rows] for name in self.sets]
+        columns += [[row.average for row in self.rows]] if self.has_average else []
+        marked = Marks()
+        for position, cells in enumerate(columns, start=FIRST_SCORE):
+            means = {
+                line: cell.mean
+                for line, (row, cell) in enumerate(zip(self.rows, cells, strict=True))
+                if cell is not None and row.competes
+            }
+            marked |= mark_column(means, position, better=metric_of(self.metric).better)
+        return marked
 
     def lines(self) -> list[list[str]]:
         """Returns the formatted cells, a list per row, as long as the header."""
@@ -138,32 +202,30 @@ def build_table(
     if sets is None:
         sets = list(dict.fromkeys(s.test_set for method in methods for s in method.scores))
     rows = tuple(_build_row(method, metric=metric, sets=sets) for method in methods)
-    return ScoreTable(metric=metric, sets=tuple(sets), rows=rows)
+    counts = prompt_counts(methods)
+    prompts = {name: counts[name] for name in sets if name in counts}
+    return ScoreTable(metric=metric, sets=tuple(sets), rows=rows, prompts=prompts)
 
 
 def _build_row(method: Method, *, metric: str, sets: Sequence[str]) -> Row:
-    training_seeds = {score.training_seed for score in method.scores}
-    by_training = len(training_seeds) > 1
-    draws: dict[str, dict[int | None, list[float]]] = {name: defaultdict(list) for name in sets}
-    for score in method.scores:
-        unit = score.training_seed if by_training else score.sampling_seed
-        if score.test_set in draws:
-            draws[score.test_set][unit].append(score.metrics[metric])
-    values = {
-        name: {unit: statistics.fmean(drawn) for unit, drawn in units.items()}
-        for name, units in draws.items()
-    }
-    complete = set.intersection(*(set(units) for units in values.values())) if values else set()
-    averages = [
-        statistics.fmean(values[name][unit] for name in sets)
-        for unit in sorted(complete, key=lambda unit: -1 if unit is None else unit)
-    ]
+    by_unit = method.by_unit(metric)
+    values = {name: by_unit.get(name, {}) for name in sets}
     return Row(
         label=method.label,
         cells={name: _summarise(list(values[name].values())) for name in sets},
-        average=_summarise(averages),
-        unit="training seeds" if by_training else "sampling seeds",
+        average=_summarise(list(average_by_unit(values).values())),
+        unit="training seeds" if method.by_training else "sampling seeds",
+        competes=not method.is_given,
     )
+
+
+def average_by_unit(values: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    """Returns the mean over all sets of each unit that has every set, the units in order."""
+    complete = set.intersection(*(set(units) for units in values.values())) if values else set()
+    return {
+        unit: statistics.fmean(units[unit] for units in values.values())
+        for unit in sorted(complete)
+    }
 
 
 def _summarise(values: Sequence[float]) -> Summary | None:
@@ -182,21 +244,32 @@ class TextTable(Protocol):
         ...
 
 
-def to_markdown(table: TextTable, *, bold: Collection[tuple[int, int]] = ()) -> str:
+def to_markdown(table: TextTable, *, marks: Marks = NO_MARKS) -> str:
     """Returns the table as a GitHub Markdown table, numbers right-aligned.
 
     Args:
         table: Header and lines.
-        bold: Cells (line, column) that stand out, counted from 0 below the header.
+        marks: Cells that stand out.
     """
-    header = table.header()
-    body = [
-        [f"**{cell}**" if (row, column) in bold else cell for column, cell in enumerate(line)]
-        for row, line in enumerate(table.lines())
-    ]
+    header = [_escape_markdown(cell) for cell in table.header()]
+    body = _marked(table, marks, _escape_markdown, ("**{}**", "<u>{}</u>"))
     lines = [header, ["---", *(["---:"] * (len(header) - 1))], *body]
-    escaped = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
-    return "\n".join(f"| {line} |" for line in escaped) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _escape_markdown(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def _marked(
+    table: TextTable, marks: Marks, escape: Callable[[str], str], forms: tuple[str, str]
+) -> list[list[str]]:
+    """Returns the escaped cells of the body, the best and the second best in their forms."""
+    body = [[escape(cell) for cell in line] for line in table.lines()]
+    for cells, form in zip((marks.best, marks.second), forms, strict=True):
+        for line, column in cells:
+            body[line][column] = form.format(body[line][column])
+    return body
 
 
 LATEX = str.maketrans(
@@ -207,39 +280,46 @@ LATEX = str.maketrans(
 """How characters are written that LaTeX takes for commands, or that its fonts lack."""
 
 
-def to_latex(table: TextTable, *, bold: Collection[tuple[int, int]] = ()) -> str:
+def to_latex(table: TextTable, *, marks: Marks = NO_MARKS) -> str:
     """Returns the table as a LaTeX tabular (package booktabs), numbers right-aligned.
 
     Args:
         table: Header and lines.
-        bold: Cells (line, column) that stand out, counted from 0 below the header.
+        marks: Cells that stand out.
     """
-    header = [cell.translate(LATEX) for cell in table.header()]
-    body = [[cell.translate(LATEX) for cell in line] for line in table.lines()]
-    for row, column in bold:
-        body[row][column] = rf"\textbf{{{body[row][column]}}}"
+    header = [_escape_latex(cell) for cell in table.header()]
+    body = _marked(table, marks, _escape_latex, (r"\textbf{{{}}}", r"\underline{{{}}}"))
     rows = [" & ".join(line) + r" \\" for line in (header, *body)]
     top = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", rows[0], r"\midrule"]
     return "\n".join([*top, *rows[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+def _escape_latex(cell: str) -> str:
+    return cell.translate(LATEX)
+
+
 def to_csv(tables: Sequence[ScoreTable]) -> str:
     """Returns all tables as one CSV, a line per cell, in full precision.
 
-    Columns: metric, method, set, mean, sd, n, unit. Missing cells have an empty mean and n = 0;
-    a single seed has an empty sd. The set ``average`` is the mean over all sets.
+    Columns: metric, method, set, mean, sd, n, unit, prompts. Missing cells have an empty mean and
+    n = 0; a single seed has an empty sd. The set ``average`` is the mean over all sets; prompts is
+    the number of the set's, of the average that of all sets, empty where it is not known.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["metric", "method", "set", "mean", "sd", "n", "unit"])
+    writer.writerow(["metric", "method", "set", "mean", "sd", "n", "unit", "prompts"])
     for table in tables:
+        counts = dict(table.prompts)
+        if counts and table.has_average:
+            counts["average"] = sum(counts.values())
         for row in table.rows:
             cells = dict(row.cells) | ({"average": row.average} if table.has_average else {})
             for name, cell in cells.items():
                 mean = "" if cell is None else repr(cell.mean)
                 sd = "" if cell is None or cell.sd is None else repr(cell.sd)
                 n = 0 if cell is None else cell.n
-                writer.writerow([table.metric, row.label, name, mean, sd, n, row.unit])
+                prompts = counts.get(name, "")
+                writer.writerow([table.metric, row.label, name, mean, sd, n, row.unit, prompts])
     return buffer.getvalue()
 
 

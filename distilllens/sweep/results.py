@@ -13,7 +13,7 @@ from distilllens.config import EvaluateConfig
 from distilllens.evaluation.provenance import checkpoint_fingerprint
 from distilllens.evaluation.results import read_result
 from distilllens.report.run_record import RunRecord, read_runs
-from distilllens.report.scores import collect_scores
+from distilllens.report.scores import Score, collect_scores
 from distilllens.runs import RunFolder, is_finished
 from distilllens.sweep.cells import cell_path
 from distilllens.sweep.spec import Sweep
@@ -73,6 +73,8 @@ class MethodResult:
     """Finished trainings with the chosen learning rate, in the order of the seeds."""
     scores: Mapping[str, Mapping[int, float]]
     """Rouge-L × 100 by set and training seed: each the mean over its sampling seeds."""
+    evaluated: tuple[Score, ...]
+    """The results.json files that these come from."""
     notes: tuple[str, ...]
     """What is missing, and what was chosen."""
 
@@ -98,16 +100,24 @@ def read_results(sweep: Sweep, choices: Mapping[str, Choice]) -> list[MethodResu
 
 def _read_method(sweep: Sweep, method: str, choice: Choice) -> MethodResult:
     runs, notes = choice.runs, list(choice.notes)
-    scores: dict[str, dict[int, float]] = defaultdict(dict)
+    evaluated: list[Score] = []
+    scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs if sweep.evaluation is not None else ():
-        by_set, note = read_scores(sweep, method, run)
+        found, note = read_scores(sweep, method, run)
         notes += [note] if note else []
-        for name, value in by_set.items():
-            scores[name][run.seed] = value
+        evaluated += found
+        for score in found:
+            scores[score.test_set][run.seed].append(score.metrics["rougeL"])
     missing = [str(seed) for seed in sweep.seeds if seed not in {run.seed for run in runs}]
     if missing:
         notes.append(f"{method}: seeds without a finished training: {', '.join(missing)}")
-    return MethodResult(name=method, runs=runs, scores=dict(scores), notes=tuple(notes))
+    means = {
+        name: {seed: statistics.fmean(drawn) for seed, drawn in by_seed.items()}
+        for name, by_seed in scores.items()
+    }
+    return MethodResult(
+        name=method, runs=runs, scores=means, evaluated=tuple(evaluated), notes=tuple(notes)
+    )
 
 
 def choose_runs(sweep: Sweep) -> dict[str, Choice]:
@@ -156,8 +166,8 @@ def _finished_runs(sweep: Sweep, method: str, lr: float | None) -> list[TrainedR
     ]
 
 
-def read_scores(sweep: Sweep, method: str, run: TrainedRun) -> tuple[dict[str, float], str]:
-    """Returns the Rouge-L of a training on each set, the mean over sampling seeds; and a remark.
+def read_scores(sweep: Sweep, method: str, run: TrainedRun) -> tuple[list[Score], str]:
+    """Returns the scores of a training, one for each set and sampling seed; and a remark.
 
     Nothing is returned of an evaluation that is not complete, or of other weights: a mean over
     fewer sampling seeds or of another model would pass for the same.
@@ -166,20 +176,17 @@ def read_scores(sweep: Sweep, method: str, run: TrainedRun) -> tuple[dict[str, f
     folder, label = sweep.output_dir / "eval" / path, f"{method} seed {run.seed}"
     found = collect_scores([folder]) if folder.is_dir() else []
     if not found:
-        return {}, f"{label}: not scored"
+        return [], f"{label}: not scored"
     results = [read_result(score.file) for score in found]
     sets = {name for result in results for name in result["config"]["sets"]}
     seeds = {seed for result in results for seed in result["config"]["eval"]["seeds"]}
     if len(found) < len(sets) * len(seeds):
-        return {}, f"{label}: scored in part only ({len(found)} of {len(sets) * len(seeds)})"
+        return [], f"{label}: scored in part only ({len(found)} of {len(sets) * len(seeds)})"
     best = sweep.output_dir / path / "best"
     weights = {result["identity"]["weights and tokenizer"] for result in results}
     if best.is_dir() and weights != {checkpoint_fingerprint(str(best))}:
-        return {}, f"{label}: {folder} holds scores of other weights than {best}"
-    values: dict[str, list[float]] = defaultdict(list)
-    for score in found:
-        values[score.test_set].append(score.metrics["rougeL"])
-    return {name: statistics.fmean(drawn) for name, drawn in values.items()}, ""
+        return [], f"{label}: {folder} holds scores of other weights than {best}"
+    return found, ""
 
 
 def is_scored(config: EvaluateConfig) -> bool:

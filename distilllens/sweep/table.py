@@ -10,12 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distilllens.data.benchmarks import BENCHMARKS
 from distilllens.errors import StorageError
+from distilllens.report.comparison_tables import comparisons_csv, comparisons_markdown
+from distilllens.report.comparisons import MetricComparison, compare_methods
+from distilllens.report.metrics import ALWAYS
 from distilllens.report.plots import score_panel
+from distilllens.report.scores import Method, sort_sets
 from distilllens.report.style import LIGHT, figure_png
 from distilllens.report.tables import (
     MISSING,
+    Marks,
     Row,
     ScoreTable,
     Summary,
@@ -23,8 +27,9 @@ from distilllens.report.tables import (
     to_latex,
     to_markdown,
 )
+from distilllens.statistics import LEVEL
 from distilllens.sweep.cells import STEPS, unequal_options
-from distilllens.sweep.paired import LEVEL, PairedDifference, paired_difference
+from distilllens.sweep.paired import PairedDifference, paired_difference
 from distilllens.sweep.results import MethodResult, TrainedRun
 from distilllens.sweep.spec import Sweep
 
@@ -52,8 +57,7 @@ class SweepTable:
             metric = "rougeL"
             by_method = {result.name: result.scores for result in self.results}
         present = {name for scores in by_method.values() for name in scores}
-        sets = [name for name in BENCHMARKS if name in present]
-        sets += sorted(present.difference(sets))
+        sets = sort_sets(present)
         rows = [
             Row(
                 label=name,
@@ -92,6 +96,20 @@ class SweepTable:
             for name, values in self.compared.items()
             if name != self.sweep.baseline
         }
+
+    @cached_property
+    def comparisons(self) -> tuple[list[MetricComparison], list[str]]:
+        """Each method against the baseline prompt by prompt, and what could not be compared.
+
+        Empty without an evaluation of the baseline.
+        """
+        methods = [Method(label=r.name, scores=r.evaluated) for r in self.results if r.evaluated]
+        baselines = [method for method in methods if method.label == self.sweep.baseline]
+        if not baselines:
+            return [], []
+        return compare_methods(
+            methods, sets=self.scores.sets, metrics=ALWAYS, baseline=baselines[0]
+        )
 
     @cached_property
     def unequal(self) -> dict[str, dict[str, Any]]:
@@ -175,17 +193,9 @@ class SweepTable:
             return "under the noise"
         return "better" if (difference.mean > 0) == self.larger_is_better else "worse"
 
-    def bold(self) -> set[tuple[int, int]]:
-        """Returns the cells (line, column) with the best mean of each column of scores."""
-        rows, found = self.scores.rows, set()
-        columns = [[row.cells[name] for row in rows] for name in self.scores.sets]
-        columns += [[row.average for row in rows]] if self.scores.has_average else []
-        choose = max if self.larger_is_better else min
-        for column, summaries in enumerate(columns, start=2):
-            means = {line: cell.mean for line, cell in enumerate(summaries) if cell is not None}
-            if means:
-                found.add((choose(means, key=lambda line: means[line]), column))
-        return found
+    def marks(self) -> Marks:
+        """Returns the best and second best mean of each column of scores."""
+        return self.scores.marks()
 
     def notes(self) -> list[str]:
         """Returns what a reader must know to read the table."""
@@ -200,6 +210,11 @@ class SweepTable:
             f"misses by chance.",
             "Minutes and tokens/s (response tokens per second of steps) are means over seeds on "
             "the machine that trained; trainings side by side slow each other down.",
+            *(
+                ["The same differences prompt by prompt: comparisons.md."]
+                if self.comparisons[0]
+                else []
+            ),
             *self._budget(),
         ]
         return lines + [note for result in self.results for note in result.notes]
@@ -214,8 +229,9 @@ class SweepTable:
             f"{steps} optimizer steps on {_join(run.record.config.data.path for run in runs)}."
         ]
         for key, values in self.unequal.items():
-            told = ", ".join(f"{method} {value}" for method, value in values.items())
-            lines.append(f"† not an equal budget: {key}: {told}.")
+            common = values.get(self.sweep.baseline)
+            told = [f"{method} {value}" for method, value in values.items() if value != common]
+            lines.append(f"† not an equal budget: {key} {common}, but {', '.join(told)}.")
         if not self.unequal:
             chosen = ", but for the chosen learning rates" if len(self.sweep.lr) > 1 else ""
             lines[0] += f" All options of data, optim and eval are equal{chosen}."
@@ -226,7 +242,7 @@ class SweepTable:
     def markdown(self) -> str:
         """Returns the table and its notes."""
         notes = "".join(f"- {note}\n" for note in self.notes())
-        table = to_markdown(self, bold=self.bold())
+        table = to_markdown(self, marks=self.marks())
         return f"# Sweep {self.sweep.name}\n\n{table}\n{notes}"
 
     def csv(self) -> str:
@@ -292,15 +308,22 @@ class SweepTable:
     def write(self, out: Path) -> list[Path]:
         """Writes sweep.md, sweep.csv, sweep.tex, sweep.json, and sweep.png where there are scores.
 
+        Where there are samples, it writes comparisons.md and comparisons.csv, too.
+
         Raises:
+            DataError: A broken samples.jsonl.
             StorageError: The folder cannot be written.
         """
         files = {
             "sweep.md": self.markdown().encode(),
             "sweep.csv": self.csv().encode(),
-            "sweep.tex": to_latex(self, bold=self.bold()).encode(),
+            "sweep.tex": to_latex(self, marks=self.marks()).encode(),
             "sweep.json": self.json().encode(),
         }
+        comparisons, missing = self.comparisons
+        if comparisons:
+            files["comparisons.md"] = comparisons_markdown(comparisons, missing).encode()
+            files["comparisons.csv"] = comparisons_csv(comparisons).encode()
         panel = score_panel(self.scores) if self.scores.sets else None
         if panel is not None:
             files["sweep.png"] = figure_png(panel.draw(LIGHT))

@@ -17,8 +17,9 @@ from PIL import Image
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distilllens.errors import ConfigError, DataError, StorageError
-from distilllens.report.command import evaluation_folder, report_main
+from distilllens.report.command import report_main
 from distilllens.report.run_record import report_folder
+from distilllens.report.scores import evaluation_folder
 
 ATTACK = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=run()>"
 
@@ -159,7 +160,8 @@ def test_whole_report(checkout: Checkout, capsys: pytest.CaptureFixture[str]) ->
     assert "22.00 ± 2.83" in printed  # of 20 and 24
     assert "2.5000 at step 50" in printed
     # Markdown and CSV.
-    assert "| sft/sft | 2 | 22.00 ± 2.83 |" in (out / "scores.md").read_text()
+    # Equal means share the first place.
+    assert "| sft/sft | 2 | **22.00 ± 2.83** |" in (out / "scores.md").read_text()
     cells = list(csv.DictReader((out / "scores.csv").open()))
     rouge = {row["method"]: row for row in cells if row["metric"] == "rougeL"}
     assert list(rouge) == ["sft/sft", "distill_lens/fkl"]  # the order of the runs
@@ -263,6 +265,50 @@ def test_explicit_evaluations_come_in_their_order(
     assert text.index("distill_lens/fkl") < text.index("sft/sft")
 
 
+def test_score_files_compare_with_a_chosen_baseline(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = (checkout.root / "results/eval_main/toy").rglob("results.json")
+    for number, cell in enumerate(sorted(cells)):  # distill_lens, distill_lens, sft, sft
+        content = json.loads(cell.read_text())
+        samples = cell.with_name("samples.jsonl")
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        for line in lines:
+            line["rougeL"] = 0.6 if number < 2 else 0.5 + 0.001 * line["index"]
+        samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        content["metrics"] |= {"rougeL": 60.0 if number < 2 else 50.55, "mean_tokens": 3.0}
+        cell.write_text(json.dumps(content))
+    out = checkout.root / "out"
+    runs = [str(checkout.lens_run), str(checkout.sft_run), "--no_lens", "--out", str(out)]
+    report_main([*runs, "--metrics", "mean_tokens"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "comparisons.md: all differences are to sft/sft (--baseline LABEL chooses" in printed
+    assert "Tokens per answer, toy: no difference to sft/sft can be told from noise" in printed
+    # The fabricated exact matches do not fit their samples: told, not compared.
+    assert "no statistics over prompts of exact_match" in printed
+    rows = list(csv.DictReader((out / "comparisons.csv").open()))
+    (row,) = [row for row in rows if row["baseline"] and row["metric"] == "rougeL"]
+    assert (row["method"], row["prompts"], row["verdict"]) == ("distill_lens/fkl", "12", "better")
+    assert float(row["value"]) == pytest.approx(60 - 50.55)
+    latex = (out / "scores.tex").read_text()
+    assert r"distill\_lens/fkl & 2 & \textbf{60.00 $\pm$ 0.00} \\" in latex
+    assert r"sft/sft & 2 & \underline{50.55 $\pm$ 0.00} \\" in latex
+    assert "### Tokens per answer" in (out / "scores.md").read_text()
+    # Both before anything is drawn.
+    with pytest.raises(ConfigError, match=r"--baseline sft: no such method \(did you mean sft/sft"):
+        report_main([*runs, "--baseline", "sft"])
+    with pytest.raises(ConfigError, match=r"--metrics rep_4: no results\.json has it"):
+        report_main([*runs, "--metrics", "rep_4"])
+
+
+def test_evaluations_of_a_sweeps_run_are_found(tmp_path: Path) -> None:
+    run = tmp_path / "sweeps/toy/kd-fkl/lr0.001/seed10"
+    run.mkdir(parents=True)
+    assert evaluation_folder(run) is None
+    (tmp_path / "sweeps/toy/sweep.json").write_text("{}")
+    assert evaluation_folder(run) == tmp_path / "sweeps/toy/eval/kd-fkl/lr0.001/seed10"
+
+
 def test_run_without_scores_or_metrics_still_reports(checkout: Checkout) -> None:
     run = checkout.write_run("kd/fkl", seed=1, teacher=True)
     (run / "metrics.jsonl").unlink()
@@ -305,7 +351,7 @@ def test_broken_sample_is_named(checkout: Checkout) -> None:
     cell = checkout.root / "results/eval_main/toy/distill_lens/fkl/seed10/toy"
     with (cell / "samples.jsonl").open("a") as file:
         file.write('{"index": 12}\n')
-    with pytest.raises(DataError, match=r"samples\.jsonl:13: .*references"):
+    with pytest.raises(DataError, match=r"samples\.jsonl:13: .*prompt"):
         report_main([str(checkout.lens_run), "--no_lens"])
 
 

@@ -84,6 +84,11 @@ for draw, offset in zip(config.eval.seeds, (-1.0, 1.0)):
         "set": "toy", "seed": draw, "name": method, "config": dataclasses.asdict(config),
         "identity": {"weights and tokenizer": checkpoint_fingerprint(config.checkpoint)},
     }))
+    samples = [  # all alike but for the prompts: whatever is drawn has the same mean
+        {"index": index, "prompt": f"prompt {index}", "rougeL": (rouge + offset) / 100,
+         "exact_match": False} for index in range(3)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\\n" for s in samples))
 """
 
 
@@ -144,6 +149,14 @@ def test_all_cells_run_once_and_the_table_has_the_figures_worked_out_by_hand(
     assert (difference["mean"], difference["standard_error"]) == (4.0, pytest.approx(1.0))
     assert difference["interval"] == pytest.approx([4 - 12.7062, 4 + 12.7062], abs=1e-4)
     assert difference["verdict"] == "under the noise"
+    # Prompt by prompt: b is 4 above a on each, but by 3 and 5 with the two seeds.
+    rows = list(csv.DictReader((place.out / "comparisons.csv").open()))
+    (row,) = [row for row in rows if row["baseline"] and row["metric"] == "rougeL"]
+    assert (row["method"], row["baseline"], row["prompts"]) == ("b", "a", "3")
+    assert [float(row[key]) for key in ("value", "low", "high")] == pytest.approx([4.0] * 3)
+    assert float(row["seeds_high"]) == pytest.approx(4 + 12.7062, abs=1e-4)
+    assert row["verdict"] == "under the noise of the seeds"
+    assert "comparisons.md" in (place.out / "sweep.md").read_text()
     # 2 steps of 3 s and 2 of 6 s, and 12 s of dev evaluation; 6 · 10 + 12 · 40 tokens in 18 s.
     run = table["a"]["runs"]["10"]
     assert run["minutes"] == pytest.approx(0.5)

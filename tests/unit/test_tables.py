@@ -7,18 +7,32 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from distilllens.errors import ConfigError, DataError
+from distilllens.report.paper import SAMPLING_SEEDS, STUDENTS, build_paper_table
 from distilllens.report.scores import (
+    Method,
+    choose_baseline,
+    chosen_metrics,
     collect_scores,
     comparison_warnings,
     group_methods,
     prompt_counts,
 )
-from distilllens.report.tables import ScoreTable, build_table, to_csv, to_markdown, to_rich
+from distilllens.report.tables import (
+    Marks,
+    ScoreTable,
+    build_table,
+    mark_column,
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_rich,
+)
 
 
 def write_result(
@@ -30,16 +44,19 @@ def write_result(
     num: int = 10,
     settings: dict[str, object] | None = None,
     records: str = "abc",
+    checkpoint: str = "best",
+    more: dict[str, float] | None = None,
 ) -> None:
     """Writes METHOD/seedN/SET/results.json as evaluate.py does."""
     folder.mkdir(parents=True)
     seed = int(folder.parent.name.removeprefix("seed"))
     content = {
-        "metrics": {"rougeL": rouge, "exact_match": exact, "num": num, "truncated": 0},
+        "metrics": {"rougeL": rouge, "exact_match": exact, "num": num, "truncated": 0}
+        | (more or {}),
         "set": folder.name,
         "seed": seed,
         "name": name,
-        "checkpoint": "best",
+        "checkpoint": checkpoint,
         "identity": {"records": records},
         "config": {
             "max_prompt_length": 256,
@@ -120,7 +137,7 @@ def test_markdown_has_one_cell_per_column(tmp_path: Path) -> None:
     write_result(tmp_path / "m/seed10/dolly", rouge=20.0, name="a|b")
     write_result(tmp_path / "m/seed10/vicuna", rouge=30.0, name="a|b")
     lines = to_markdown(table_of(tmp_path)).splitlines()
-    assert lines[0] == "| method | n | dolly | vicuna | average |"
+    assert lines[0] == "| method | n | dolly (10) | vicuna (10) | average |"
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
     assert lines[2] == r"| a\|b | 1 | 20.00 | 30.00 | 25.00 |"
 
@@ -133,6 +150,7 @@ def test_csv_keeps_full_precision_and_empties(tmp_path: Path) -> None:
     assert rows[0]["method"] == 'quote " and, comma'
     assert float(rows[0]["mean"]) == 1 / 3 and rows[0]["sd"] == "" and rows[0]["n"] == "1"
     assert rows[1]["mean"] == "" and rows[1]["n"] == "0"
+    assert [row["prompts"] for row in rows] == ["10", "", "10"]
 
 
 def test_nan_is_shown_as_nan(tmp_path: Path) -> None:
@@ -199,3 +217,178 @@ def test_wrong_folders_and_files_are_named(tmp_path: Path) -> None:
     file.write_text("[1]")
     with pytest.raises(DataError, match="not a result"):
         collect_scores([tmp_path])
+
+
+# --- Best and second best -----------------------------------------------------------------------
+
+
+def test_best_is_bold_and_second_underlined_by_hand(tmp_path: Path) -> None:
+    figures = {"a": (20.0, 9.0), "b": (22.0, 7.0), "c": (22.004, 8.0), "given/t": (50.0, 50.0)}
+    for name, (dolly, vicuna) in figures.items():
+        write_result(tmp_path / name / "seed10/dolly", rouge=dolly, name=name[-1])
+        write_result(tmp_path / name / "seed10/vicuna", rouge=vicuna, name=name[-1])
+    table = table_of(tmp_path, sets=["dolly", "vicuna"])
+    assert [row.label for row in table.rows] == ["a", "b", "c", "t"]
+    # dolly: b and c are both printed 22.00; the teacher's 50 does not compete.
+    # averages: 14.5, 14.5, 15.002.
+    assert table.marks() == Marks(
+        best=frozenset({(1, 2), (2, 2), (0, 3), (2, 4)}),
+        second=frozenset({(0, 2), (2, 3), (0, 4), (1, 4)}),
+    )
+    markdown = to_markdown(table, marks=table.marks()).splitlines()
+    assert markdown[2] == "| a | 1 | <u>20.00</u> | **9.00** | <u>14.50</u> |"
+    assert markdown[5] == "| t | 1 | 50.00 | 50.00 | 50.00 |"
+    latex = to_latex(table, marks=table.marks()).splitlines()
+    assert latex[4] == r"a & 1 & \underline{20.00} & \textbf{9.00} & \underline{14.50} \\"
+
+
+def test_where_less_is_better_the_smallest_is_bold() -> None:
+    means = {0: 3.0, 2: 1.0, 3: float("nan"), 5: 2.0}
+    marked = mark_column(means, 7, better="smaller")
+    assert marked == Marks(best=frozenset({(2, 7)}), second=frozenset({(5, 7)}))
+    assert mark_column({0: -1.0, 1: 2.0}, 2, better="larger").best == {(1, 2)}
+
+
+def test_nothing_is_marked_without_a_choice() -> None:
+    assert mark_column({0: 1.0}, 2, better="larger") == Marks()
+    assert mark_column({0: 1.0, 1: 2.0}, 2, better=None) == Marks()
+    assert mark_column({}, 2, better="larger") == Marks()
+    # All alike: all first, nobody second.
+    assert mark_column({0: 1.0, 1: 1.0}, 2, better="larger").second == frozenset()
+
+
+# --- Metrics and baselines ----------------------------------------------------------------------
+
+
+def test_a_metric_that_older_results_lack_is_a_dash(tmp_path: Path) -> None:
+    write_result(tmp_path / "old/seed10/dolly", rouge=1.0, name="old")
+    write_result(tmp_path / "new/seed10/dolly", rouge=1.0, name="new", more={"rep_4": 2.5})
+    methods = group_methods(collect_scores([tmp_path / "old", tmp_path / "new"]))
+    table = build_table(methods, metric="rep_4", sets=["dolly"])
+    assert table.lines() == [["old", "0", "–"], ["new", "1", "2.50"]]
+    assert table.title == "Repeated 4-grams (%)"
+    assert chosen_metrics(methods, ["rep_4", "rougeL"]) == ["rougeL", "exact_match", "rep_4"]
+    with pytest.raises(ConfigError, match=r"--metrics rep_3: .*did you mean rep_4"):
+        chosen_metrics(methods, ["rep_3"])
+    with pytest.raises(ConfigError, match="--metrics num"):
+        chosen_metrics(methods, ["num"])
+
+
+def test_what_is_no_number_is_no_metric(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"by_length": {"1": 2.0}, "note": "text", "flag": True, "missing": None}
+    write_result(tmp_path / "m/seed10/dolly", rouge=1.0, more=more)
+    (score,) = collect_scores([tmp_path])
+    assert set(score.metrics) == {"rougeL", "exact_match", "num", "truncated"}
+
+
+def test_default_baseline_is_the_fine_tuned_one(tmp_path: Path) -> None:
+    for name in ("given/big", "kd/fkl", "sft/ce"):
+        write_result(tmp_path / name / "seed10/dolly", rouge=1.0, name=name)
+    methods = group_methods(collect_scores([tmp_path]))
+
+    def chosen(methods: list[Method], label: str | None = None) -> str:
+        found = choose_baseline(methods, label)
+        assert found is not None
+        return found.label
+
+    assert [method.label for method in methods] == ["given/big", "kd/fkl", "sft/ce"]
+    assert chosen(methods) == "sft/ce"
+    assert chosen(methods[:2]) == "kd/fkl"  # the teacher is no baseline unless it is asked for
+    assert chosen(methods, "given/big") == "given/big"
+    assert choose_baseline(methods[:1], None) is None
+    with pytest.raises(ConfigError, match=r"--baseline kd/rkl: .*did you mean kd/fkl"):
+        choose_baseline(methods, "kd/rkl")
+
+
+# --- Beside the paper ---------------------------------------------------------------------------
+
+
+def test_the_papers_averages_are_those_of_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/reproduce.md").read_text()
+    columns = ["SFT", "KD", "SeqKD", "RKL", "FKL+RKL", "JSD", "AKL", "DistillLens"]
+    for student in STUDENTS:
+        (line,) = [row for row in text.splitlines() if row.startswith(f"| {student.model.name} |")]
+        written = [float(cell) for cell in line.strip("|").split("|")[1:]]
+        by_name = dict(student.averages.values())
+        assert [by_name[name] for name in columns] == written[:-1]
+        assert student.teacher_average == written[-1]
+
+
+PROTOCOL: dict[str, object] = {
+    "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "no_repeat_ngram_size": 6,
+    "max_new_tokens": 256,
+}  # fmt: skip
+NUMBERS = {"dolly": 500, "self_inst": 242, "vicuna": 80, "sinst": 1694, "uinst": 10_000}
+
+
+def write_protocol(folder: Path, *, rouge: float, checkpoint: Path) -> None:
+    """Writes an evaluation just like the paper's."""
+    for seed in SAMPLING_SEEDS:
+        for test_set, num in NUMBERS.items():
+            write_result(
+                folder / f"seed{seed}" / test_set,
+                rouge=rouge,
+                name="/".join(folder.parts[-2:]),
+                num=num,
+                settings=dict(PROTOCOL),
+                checkpoint=str(checkpoint),
+            )
+
+
+def test_an_evaluation_like_the_papers_stands_beside_it(tmp_path: Path) -> None:
+    base, teacher = tmp_path / "base", tmp_path / "teacher"
+    for model, layers, width in ((base, 12, 768), (teacher, 48, 1600)):
+        model.mkdir()
+        config = {"model_type": "gpt2", "n_layer": layers, "n_embd": width}
+        (model / "config.json").write_text(json.dumps(config))
+    root = tmp_path / "eval_main/gpt2-base"
+    write_protocol(root / "kd/rkl", rouge=17.0, checkpoint=base)
+    write_protocol(root / "distill_lens/rkl", rouge=21.0, checkpoint=base)
+    write_protocol(root / "given/teacher-gpt2-1.5B", rouge=23.0, checkpoint=teacher)
+    write_protocol(root / "kd/tvd", rouge=21.0, checkpoint=base)  # the paper has none
+    table = build_paper_table(group_methods(collect_scores([tmp_path])))
+    nothing = "nothing that results.json tells"
+    assert [line[1:] for line in table.lines()] == [
+        ["GPT-2 base: DistillLens", "21.12", "21.00 ± 0.00", "5", nothing],
+        ["GPT-2 base: teacher", "23.52", "23.00 ± 0.00", "5", nothing],
+        ["GPT-2 base: RKL", "17.56", "17.00 ± 0.00", "5", nothing],
+    ]
+
+
+def test_all_that_differs_from_the_paper_is_told(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_hidden_layers": 10, "hidden_size": 576}')
+    folder = tmp_path / "eval_main/TinyLlama-1.1B/sft/ce"
+    settings: dict[str, object] = PROTOCOL | {"temperature": 0.5, "no_repeat_ngram_size": 0}
+    del settings["top_k"]
+    for training in (1, 2):
+        for test_set, num in (("dolly", 20), ("vicuna", 80), ("own", 5)):
+            write_result(
+                folder / f"seed{training}/seed10" / test_set,
+                rouge={"dolly": 10.0, "vicuna": 20.0, "own": 90.0}[test_set],
+                num=num,
+                settings=settings,
+                checkpoint=str(model),
+            )
+    (row,) = build_paper_table(group_methods(collect_scores([tmp_path]))).rows
+    assert (row.paper_name, row.paper_average) == ("TinyLlama: SFT", 24.16)
+    assert row.ours is not None and row.ours.mean == 15.0  # the set of our own does not enter
+    assert row.differences == (
+        "2 of 5 sets, without self_inst, sinst, uinst",
+        "dolly: 20 of 500 prompts",
+        "sampling seeds 10 for 10 20 30 40 50",
+        "2 training seeds for one",
+        "temperature: 0.5 for 1.0",
+        "top_k: not recorded for 0",
+        "no_repeat_ngram_size: 0 for 6",
+        "another model: 10 blocks of width 576, TinyLlama has 22 of 2048",
+    )
+    (model / "config.json").unlink()
+    (row,) = build_paper_table(group_methods(collect_scores([tmp_path]))).rows
+    assert row.differences[-1] == f"model not checked: {model}/config.json is not here"
+
+
+def test_other_students_are_not_set_beside_the_paper(tmp_path: Path) -> None:
+    write_result(tmp_path / "eval_main/skills/sft/ce/seed10/dolly", rouge=1.0)
+    assert build_paper_table(group_methods(collect_scores([tmp_path]))).rows == ()
