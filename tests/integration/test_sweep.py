@@ -283,7 +283,7 @@ def test_without_an_evaluation_methods_are_compared_on_the_dev_set(place: Place)
     assert table["b"]["difference"]["mean"] == pytest.approx(-0.01)
     assert table["b"]["difference"]["verdict"] == "better"  # a smaller loss
     text = (place.out / "sweep.md").read_text()
-    assert "| b † |" in text and "not an equal budget: optim.lr: a 0.0002, b 0.0001" in text
+    assert "| b † |" in text and "not an equal budget: optim.lr 0.0002, but b 0.0001" in text
 
 
 def test_flags_change_how_a_sweep_is_run(
