@@ -71,6 +71,11 @@ class DifferencesTable:
     content: MetricComparison
     column: str
 
+    def title(self) -> str:
+        """Returns what the table compares."""
+        title = metric_of(self.content.metric).title
+        return f"{title}, {self.column}: difference to {self.content.baseline}"
+
     def header(self) -> list[str]:
         """Returns the column titles."""
         interval = f"{LEVEL:.0%} over"
@@ -108,6 +113,15 @@ class DifferencesTable:
         ]
 
 
+def difference_tables(content: MetricComparison) -> list[DifferencesTable]:
+    """Returns a table for each column that has comparisons; the average comes first."""
+    return [
+        DifferencesTable(content=content, column=column)
+        for column in sorted(content.columns, key=lambda column: column != AVERAGE)
+        if content.comparisons[column]
+    ]
+
+
 def _interval(interval: tuple[float, float]) -> str:
     return "{:+.2f} to {:+.2f}".format(*interval)
 
@@ -119,10 +133,9 @@ def comparisons_markdown(comparisons: Sequence[MetricComparison], notes: Sequenc
         title = metric_of(content.metric).title
         parts.append(f"## {title}\n\nMean ({LEVEL:.0%} interval over prompts):\n")
         parts.append(to_markdown(MeansTable(content=content)))
-        for column in sorted(content.columns, key=lambda column: column != AVERAGE):
-            if content.comparisons[column]:
-                parts.append(f"### {title}, {column}: difference to {content.baseline}\n")
-                parts.append(to_markdown(DifferencesTable(content=content, column=column)))
+        for table in difference_tables(content):
+            parts.append(f"### {table.title()}\n")
+            parts.append(to_markdown(table))
         warning = content.warning()
         parts += [f"{warning}.\n"] if warning else []
     parts.append("## How to read this\n")

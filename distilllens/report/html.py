@@ -1,20 +1,31 @@
-"""One self-contained page: tables, figures as data URIs, samples; no script, nothing is fetched.
+"""One self-contained page: tables, figures as data URIs, samples; nothing is fetched.
 
-Everything that a model or a data file wrote is escaped by the template engine (autoescape).
+It has no script, but while a run is watched: then a short one loads the page again and puts the
+reader back where they were. Everything that a model or a data file wrote is escaped by the template
+engine (autoescape).
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distilllens.report.plots import Panel
-from distilllens.report.samples import SampleSet, shown_prompt
-from distilllens.report.style import THEMES, figure_png
-from distilllens.report.tables import ScoreTable
+from distilllens.report.run_differences import Differences
+from distilllens.report.samples import SampleSet, marked_words, shown_prompt
+from distilllens.report.style import (
+    LIGHT,
+    THEMES,
+    LineStyle,
+    add_legend,
+    figure_png,
+    figure_svg,
+)
+from distilllens.report.tables import ScoreTable, TextTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,19 @@ class PageFigure:
     """Data URI."""
     dark: str
     """Data URI."""
+    width: int
+    """CSS pixels, for the room that the page keeps before the picture is there."""
+    height: int
     light_png: bytes
+    """For a file of its own; empty where only the page is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureGroup:
+    """Figures under one heading."""
+
+    title: str
+    figures: Sequence[PageFigure]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +68,16 @@ class LensSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Live:
+    """What a page of runs under way says, beside the report."""
+
+    seconds: float
+    """The page loads itself again so often."""
+    written: str
+    """Time of day."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """What the page shows, top to bottom."""
 
@@ -52,35 +85,78 @@ class Page:
     subtitle: str
     notes: Sequence[str]
     """What a reader must know before the figures: missing parts, unequal settings."""
+    progress_header: Sequence[str]
+    progress: Sequence[Sequence[str]]
+    """A run's cells, one for each column of the header."""
+    run_styles: Sequence[LineStyle]
+    """Of the run's lines in the curves, one for each row of `progress`."""
     tables: Sequence[ScoreTable]
     prompt_counts: Mapping[str, int]
     score_figures: Sequence[PageFigure]
-    curves: Sequence[PageFigure]
+    comparisons: Sequence[tuple[str, TextTable]]
+    """Titles and tables: differences to a baseline, the paper's figures."""
+    group_labels: Sequence[str]
+    """Lines of the curves: runs, or methods with several seeds."""
+    group_styles: Sequence[LineStyle]
+    curves: Sequence[FigureGroup]
     lens: Sequence[LensSection]
+    differences: Differences
+    """Values stand in the order of `group_labels`."""
     run_labels: Sequence[str]
     run_rows: Sequence[tuple[str, Sequence[str]]]
     """A setting and its value in each run."""
     samples: Sequence[SampleSet]
+    teachers: Collection[str]
+    """Which of the methods in the samples are teachers of the runs."""
     explanations: Sequence[str]
     footer: str = field(default="")
+    live: Live | None = None
 
 
-def render_figure(panel: Panel) -> PageFigure:
-    """Draws a panel in both themes."""
-    light, dark = (figure_png(panel.draw(theme)) for theme in THEMES)
+class Drawings:
+    """Draws panels for a page, and keeps them for as long as what they show stays the same.
+
+    Args:
+        png: Whether files of their own are wanted too.
+    """
+
+    def __init__(self, *, png: bool = True) -> None:
+        self.png = png
+        self.num_drawn = 0
+        self._kept: dict[str, tuple[str, PageFigure]] = {}
+
+    def render(self, panel: Panel) -> PageFigure:
+        """Returns a panel drawn in both themes."""
+        content, figure = self._kept.get(panel.name, ("", None))
+        if figure is None or not panel.content or content != panel.content:
+            self.num_drawn += 1
+            figure = render_figure(panel, png=self.png)
+            self._kept[panel.name] = (panel.content, figure)
+        return figure
+
+
+def render_figure(panel: Panel, *, png: bool = True) -> PageFigure:
+    """Draws a panel in both themes, and as a PNG if asked for."""
+    figures = [panel.draw(theme) for theme in THEMES]
+    width, height = figures[0].get_size_inches()
+    light, dark = (figure_svg(figure) for figure in figures)
+    if png and not panel.own_legend:
+        add_legend(figures[0], LIGHT)
     return PageFigure(
         name=panel.name,
         alt=panel.alt,
         caption=panel.caption,
-        light=data_uri(light),
-        dark=data_uri(dark),
-        light_png=light,
+        light=data_uri(light, "image/svg+xml"),
+        dark=data_uri(dark, "image/svg+xml"),
+        width=round(96 * width),
+        height=round(96 * height),
+        light_png=figure_png(figures[0]) if png else b"",
     )
 
 
-def data_uri(png: bytes) -> str:
-    """Returns a PNG as a URL that holds the image itself."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """Returns a picture as a URL that holds the picture itself."""
+    return f"data:{kind};base64," + base64.b64encode(content).decode("ascii")
 
 
 def render_page(page: Page) -> str:
@@ -92,5 +168,16 @@ def render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = environment.get_template("live.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     template = environment.get_template("page.html")
-    return template.render(page=page, shown_prompt=shown_prompt) + "\n"
+    return (
+        template.render(
+            page=page,
+            themes=THEMES,
+            script_source=f"'sha256-{digest}'",
+            shown_prompt=shown_prompt,
+            marked_words=marked_words,
+        )
+        + "\n"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 from distilllens.config import CE_ONLY, TrainConfig, load_config
 from distilllens.errors import ConfigError, DataError
 from distilllens.layers import LayerPair
+from distilllens.report.metrics_file import MetricsLine, read_metrics
 from distilllens.report.scores import unique_labels
 
-MetricsLine = Mapping[str, Any]
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +48,22 @@ class RunRecord:
         """Returns the metrics whose names begin with a prefix, sorted."""
         return sorted({key for line in self.lines for key in line if key.startswith(prefix)})
 
-    def best_dev(self) -> tuple[int, float] | None:
-        """Returns the step and value of the smallest dev loss; None without dev evaluation."""
-        steps, losses = self.series("eval/dev/loss")
-        finite = [(loss, step) for step, loss in zip(steps, losses, strict=True) if loss == loss]
+    def last(self, key: str) -> tuple[int, float] | None:
+        """Returns the last step of a metric and its value there; None if it was never logged."""
+        steps, values = self.series(key)
+        return (steps[-1], values[-1]) if steps else None
+
+    def best_dev(
+        self, key: str = "eval/dev/loss", *, largest: bool = False
+    ) -> tuple[int, float] | None:
+        """Returns the first step of the best dev value, and that; None without dev evaluation."""
+        steps, values = self.series(key)
+        sign = -1 if largest else 1
+        finite = [(sign * v, step) for step, v in zip(steps, values, strict=True) if v == v]
         if not finite:
             return None
-        loss, step = min(finite)
-        return step, loss
+        value, step = min(finite)
+        return step, sign * value
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -64,10 +74,16 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
         DataError: A file of the run is malformed (with line number for metrics.jsonl).
     """
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    configs = {folder: _read_config(folder) for folder in folders}
-    names = {folder: method_name(config) for folder, config in configs.items()}
-    labels = unique_labels(names)
-    return [_read_run(folder, configs[folder], labels[folder]) for folder in folders]
+    runs = [
+        read_run(folder, read_config(folder), read_metrics(folder / METRICS)) for folder in folders
+    ]
+    return with_labels(runs)
+
+
+def with_labels(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Returns the runs with labels that tell them apart."""
+    labels = unique_labels({run.folder: method_name(run.config) for run in runs})
+    return [dataclasses.replace(run, label=labels[run.folder]) for run in runs]
 
 
 def method_name(config: TrainConfig) -> str:
@@ -78,62 +94,12 @@ def method_name(config: TrainConfig) -> str:
     return approach if approach in CE_ONLY else f"{approach}/{config.objective.divergence}"
 
 
-def read_metrics(path: Path) -> list[MetricsLine]:
-    """Reads metrics.jsonl.
-
-    A last line without newline that is no JSON is what a killed run leaves; it is left out. Of
-    several lines of one step with the same metric (a run that was resumed) the last one counts.
-
-    Returns:
-        One mapping for each step and kind of line, in order of steps.
+def read_config(folder: Path) -> TrainConfig:
+    """Reads the configuration a run was started with.
 
     Raises:
-        DataError: Another line is not a JSON object with a whole "step", or a metric is no number.
+        ConfigError: The folder is missing or no training run's, or its config.yaml is not valid.
     """
-    if not path.is_file():
-        return []
-    raw_lines = path.read_bytes().split(b"\n")
-    lines: dict[tuple[int, bool], MetricsLine] = {}
-    for number, raw in enumerate(raw_lines, start=1):
-        if not raw.strip():
-            continue
-        try:
-            line = _parse_metrics_line(raw)
-        except ValueError as error:
-            # split leaves the text after the last newline as the last piece.
-            if number == len(raw_lines):
-                continue
-            raise DataError(
-                f"{path}:{number}: {error}",
-                why="each line of metrics.jsonl is one JSON object with numbers, and a step",
-                fix="remove the line",
-            ) from None
-        is_dev = any(key.startswith("eval/") for key in line)
-        lines[int(line["step"]), is_dev] = line
-    return [lines[key] for key in sorted(lines)]
-
-
-def _parse_metrics_line(raw: bytes) -> MetricsLine:
-    """Returns a line as a mapping; ValueError says what is wrong with it."""
-    try:
-        line = json.loads(raw.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON at column {error.colno}: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from None
-    if not isinstance(line, dict):
-        raise ValueError(f"expected a JSON object, got {type(line).__name__}")
-    step = line.get("step")
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise ValueError(f"step={step!r} is not a whole number")
-    for key, value in line.items():
-        plotted = key.startswith(("train/", "eval/", "perf/"))
-        if plotted and (isinstance(value, bool) or not isinstance(value, int | float | None)):
-            raise ValueError(f"{key}={value!r} is not a number")
-    return {key: value for key, value in line.items() if value is not None}
-
-
-def _read_config(folder: Path) -> TrainConfig:
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such run folder",
@@ -148,12 +114,17 @@ def _read_config(folder: Path) -> TrainConfig:
     return load_config(["--config", str(path)])
 
 
-def _read_run(folder: Path, config: TrainConfig, label: str) -> RunRecord:
+def read_run(folder: Path, config: TrainConfig, lines: Sequence[MetricsLine]) -> RunRecord:
+    """Reads what else lies in a run's folder; the label is the method's name.
+
+    Raises:
+        DataError: One of its JSON files is malformed.
+    """
     return RunRecord(
         folder=folder,
-        label=label,
+        label=method_name(config),
         config=config,
-        lines=tuple(read_metrics(folder / "metrics.jsonl")),
+        lines=tuple(lines),
         environment=_read_object(folder / "environment.json"),
         data=_read_object(folder / "data.json"),
         status=_read_object(folder / "status.json"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rapidfuzz.distance import LCSseq
 
 from distilllens.errors import DataError
 from distilllens.report.scores import Method, Score
@@ -160,3 +163,20 @@ def shown_prompt(prompt: str) -> str:
     """Returns a prompt without the template's fixed first and last line; other prompts as is."""
     _, found, rest = prompt.partition("### Instruction:\n")
     return (rest if found else prompt).removesuffix("### Response:\n").strip()
+
+
+def marked_words(text: str, reference: str) -> list[tuple[str, bool]]:
+    """Cuts a text into pieces, and tells of each whether the reference has it in the same order.
+
+    The pieces joined are the text. Words are compared in lower case and without stemming; marked is
+    what a longest common subsequence of both holds, which is what Rouge-L counts.
+    """
+    pieces = re.split(r"(\w+)", text)
+    at = range(1, len(pieces), 2)  # split puts what it split at in the odd places
+    own = [pieces[place].lower() for place in at]
+    theirs = [word.lower() for word in re.findall(r"\w+", reference)]
+    shared: set[int] = set()
+    for block in LCSseq.opcodes(own, theirs):
+        if block.tag == "equal":
+            shared.update(at[block.src_start : block.src_end])
+    return [(piece, place in shared) for place, piece in enumerate(pieces) if piece]

@@ -167,7 +167,7 @@ def unequal_options(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, A
         if len({repr(value) for value in by_method.values()}) > 1
     }
     if any(key in differing for key in RECORDS) and STEPS not in differing:
-        passes = {
+        passes: dict[str, Any] = {
             method: f"{config.optim.epochs} epochs of its own records"
             for method, config in configs.items()
             if config.optim.max_steps is None

@@ -106,7 +106,7 @@ def test_sweep_is_valid_and_its_budget_is_equal_or_said_not_to_be(name: str) -> 
     cells = build_cells(sweep)
     assert len(cells) == len(sweep.methods) * len(sweep.seeds) * max(1, len(sweep.lr))
     assert refused_options(sweep, cells) == {}
-    differing = unequal_options({cell.method: cell.config for cell in cells}).keys()
+    differing = set(unequal_options({cell.method: cell.config for cell in cells}))
     differing -= {"optim.lr"} if sweep.lr else set()
     assert sorted(differing) == sorted(sweep.allow_unequal)
     assert sweep.evaluation is not None and evaluate_config(sweep, cells[0]).sets

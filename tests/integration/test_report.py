@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 import math
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -168,7 +168,12 @@ def test_whole_report(checkout: Checkout, capsys: pytest.CaptureFixture[str]) ->
     assert float(rouge["sft/sft"]["sd"]) == pytest.approx(math.sqrt(8))
     # Figures on disk.
     names = {path.stem for path in out.glob("*.png")}
-    assert names >= {"curve_train_loss", "curve_eval_dev_loss", "lens_layers_2", "scores_rougeL"}
+    assert names >= {
+        "curve_train_loss",
+        "curve_eval_dev_loss",
+        "lens_layers_2_jsd",
+        "scores_rougeL",
+    }
     assert names >= {f"lens_map_{n}_{m}" for n in (1, 2) for m in ("before", "after", "entropy")}
     assert not list(out.glob(".*"))
     # The page.
@@ -185,7 +190,9 @@ def test_model_text_is_escaped_and_nothing_is_fetched(checkout: Checkout) -> Non
     page = read_page(path)
     assert "script" not in page.tags
     assert page.handlers == []
-    outside = [url for url in page.sources if not url.startswith(("data:image/png;base64,", "#"))]
+    outside = [
+        url for url in page.sources if not url.startswith(("data:image/svg+xml;base64,", "#"))
+    ]
     assert outside == []
     content = path.read_text()
     assert "url(" not in content and "@import" not in content
@@ -203,7 +210,12 @@ def test_pictures_are_whole(checkout: Checkout) -> None:
     images = [url for url in read_page(path).sources if url.startswith("data:")]
     assert len(images) >= 8
     for url in images:
-        Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).verify()
+        root = ElementTree.fromstring(base64.b64decode(url.partition(",")[2]))
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    files = list(path.parent.glob("*.png"))
+    assert len(files) == len(images) // 2  # one of the two themes
+    for file in files:
+        Image.open(file).verify()
 
 
 def test_lens_map_numbers_on_disk(checkout: Checkout) -> None:
@@ -238,7 +250,7 @@ def test_maps_that_cannot_be_drawn_are_told(
     told = "sft: no lens map: the run has no teacher to compare with"
     assert told in capsys.readouterr().out
     page = read_page(checkout.root / "results/train/toy/sft/report/report.html")
-    assert told in page.text and "None was drawn" in page.text
+    assert told in page.text and "Lens maps" not in page.text
 
 
 def test_the_teachers_own_run_has_no_map(checkout: Checkout) -> None:
@@ -318,6 +330,29 @@ def test_run_without_scores_or_metrics_still_reports(checkout: Checkout) -> None
     assert "Training curves" not in page.text
 
 
+def test_the_teachers_scores_and_samples_come_first(checkout: Checkout) -> None:
+    """A teacher that was given is looked for beside the runs' evaluations, once for all runs."""
+    checkout.write_scores("given/teacher", seed=10, rouge=50.0)
+    out = checkout.root / "out"
+    lens, kd = checkout.lens_run, checkout.write_run("kd/fkl", seed=1, teacher=True)
+    report_main([str(lens), str(kd), "--no_lens", "--out", str(out)])
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    found = [row["method"] for row in rows if row["metric"] == "rougeL"]
+    assert found == ["given/teacher", "distill_lens/fkl"]
+    text = read_page(out / "report.html").text
+    assert text.index("answer of given/teacher to 0") < text.index("answer of distill_lens/fkl to")
+    assert text.count("· the teacher") == 10  # prompts
+
+
+def test_options_that_differ_have_a_table(checkout: Checkout) -> None:
+    out = checkout.root / "out"
+    report_main([str(checkout.sft_run), str(checkout.lens_run), "--no_lens", "--out", str(out)])
+    text = read_page(out / "report.html").text
+    assert "objective.approachsftdistill_lens" in text
+    assert "run.seed43" in text
+    assert text.index("options that all runs share") < text.index("optim.lr_min")
+
+
 def test_wrong_input_is_named(checkout: Checkout, tmp_path: Path) -> None:
     run = str(checkout.lens_run)
     with pytest.raises(ConfigError, match="nowhere: no such run folder"):
@@ -332,6 +367,9 @@ def test_wrong_input_is_named(checkout: Checkout, tmp_path: Path) -> None:
         report_main([run, "--data", str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(ConfigError, match="--prompts 0"):
         report_main([run, "--prompts", "0"])
+    for seconds in ("0", "nan", "-1"):
+        with pytest.raises(ConfigError, match="--watch"):
+            report_main([run, "--watch", seconds])
     with pytest.raises(ConfigError, match="--bogus"):
         report_main([run, "--bogus"])
     with pytest.raises(ConfigError, match="--device"):

@@ -1,29 +1,34 @@
-"""metrics.jsonl as it is found in the wild, and figures that show what is in it."""
+"""Figures that show what is in metrics.jsonl."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from distilllens.config import TrainConfig
-from distilllens.errors import DataError
+from distilllens.layers import LayerPair
+from distilllens.report.curves import Curve
+from distilllens.report.metrics_file import MetricsLine
 from distilllens.report.plots import (
-    CURVES,
+    Panel,
     curve_panels,
-    lens_layer_panels,
-    plot_curve,
+    layer_panels,
     running_mean,
     score_panel,
 )
-from distilllens.report.run_record import MetricsLine, RunRecord, read_metrics
-from distilllens.report.style import DARK, LIGHT, THEMES, figure_png
+from distilllens.report.run_groups import RunGroup
+from distilllens.report.run_record import RunRecord
+from distilllens.report.style import DARK, LIGHT, THEMES, add_legend, figure_png, figure_svg
 from distilllens.report.tables import Row, ScoreTable, Summary
 
 
@@ -40,112 +45,152 @@ def run_of(lines: Sequence[MetricsLine], label: str = "run") -> RunRecord:
     )
 
 
-def write_lines(path: Path, *lines: object, tail: bytes = b"") -> Path:
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    path.write_bytes(text.encode() + tail)
-    return path
+def group_of(lines: Sequence[MetricsLine], label: str = "run") -> RunGroup:
+    return RunGroup(label=label, runs=(run_of(lines, label),))
 
 
-def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
-    whole = {"step": 10, "train/loss": 1.5}
-    line = json.dumps({"step": 20, "train/loss": 1.25, "note": "é"}).encode()
-    for end in range(1, len(line)):
-        path = write_lines(tmp_path / "metrics.jsonl", whole, tail=line[:end])
-        assert read_metrics(path) == [whole], end
+def points(line: Line2D) -> list[list[float]]:
+    return np.asarray(line.get_xydata()).tolist()
 
 
-def test_last_line_without_newline_counts_if_it_is_whole(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "m.jsonl", {"step": 1}, tail=b'{"step": 2}')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+def names(panels: Sequence[tuple[Curve, Panel]]) -> list[str]:
+    return [panel.name for _, panel in panels]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"step": 1,', r"m\.jsonl:2: invalid JSON at column \d+"),
-        (b"[1]", r"m\.jsonl:2: expected a JSON object, got list"),
-        (b'{"train/loss": 1}', r"m\.jsonl:2: step=None"),
-        (b'{"step": "7"}', r"m\.jsonl:2: step='7'"),
-        (b'{"step": 7, "train/loss": "x"}', r"m\.jsonl:2: train/loss='x' is not a number"),
-        (b'{"step": 7, "n": "\xff"}', r"m\.jsonl:2: invalid UTF-8 at byte 19"),
-    ],
-)
-def test_malformed_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-    with pytest.raises(DataError, match=message):
-        read_metrics(path)
-
-
-def test_malformed_last_line_with_newline_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step"\n')
-    with pytest.raises(DataError, match=r"m\.jsonl:2"):
-        read_metrics(path)
-
-
-def test_steps_logged_twice_count_once_and_the_later_wins(tmp_path: Path) -> None:
-    path = write_lines(
-        tmp_path / "m.jsonl",
-        {"step": 10, "train/loss": 1.0},
-        {"step": 20, "train/loss": 2.0},
-        {"step": 20, "eval/dev/loss": 5.0},
-        {"step": 20, "train/loss": 3.0},
-    )
-    run = run_of(read_metrics(path))
-    assert run.series("train/loss") == ([10, 20], [1.0, 3.0])
-    assert run.series("eval/dev/loss") == ([20], [5.0])
-    assert run.best_dev() == (20, 5.0)
-
-
-def test_no_metrics_yet(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
-    (tmp_path / "metrics.jsonl").touch()
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
-    assert curve_panels([run_of([])]) == []
+def test_no_metrics_no_panels() -> None:
+    assert curve_panels([group_of([])]) == []
+    assert layer_panels([group_of([])]) == []
 
 
 def test_panels_are_those_with_data() -> None:
-    kd = run_of([{"step": 1, "train/loss": 2.0, "train/loss/kd": 1.0, "train/lr": 1e-3}], "kd")
-    lens = run_of([{"step": 1, "train/loss": 2.0, "train/lens/jsd/L02": 0.5}], "lens")
-    names = [panel.name for panel in curve_panels([kd, lens])]
-    assert names == ["curve_train_loss", "curve_train_loss_kd", "curve_train_lr"]
-    assert len(lens_layer_panels([kd, lens])) == 1
+    kd = group_of([{"step": 1, "train/loss": 2.0, "train/loss/kd": 1.0, "train/lr": 1e-3}], "kd")
+    lens = group_of([{"step": 1, "train/loss": 2.0, "train/lens/jsd/L02": 0.5}], "lens")
+    assert names(curve_panels([kd, lens])) == [
+        "curve_train_loss",
+        "curve_train_loss_kd",
+        "curve_train_lr",
+    ]
+    assert [panel.name for panel in layer_panels([kd, lens])] == ["lens_layers_2_jsd"]
+
+
+def test_unknown_metrics_have_panels_too() -> None:
+    line = {"step": 1, "epoch": 0.5, "time": 9.0, "train/new term": 1.0, "perf/x": 2.0, "note": "x"}
+    panels = curve_panels([group_of([line])])
+    assert names(panels) == ["curve_perf_x", "curve_train_new_term"]
+    assert panels[1][1].draw(LIGHT).axes[0].get_title(loc="left") == "train/new term"
 
 
 def test_curve_shows_values_labels_and_units() -> None:
-    lines = [{"step": step, "train/loss": 4.0 / step} for step in range(1, 11)]
-    other = run_of([{"step": 5, "train/loss": 1.0}], "second run")
-    figure = plot_curve([run_of(lines, "first run"), other], CURVES[0], theme=LIGHT)
+    lines = [{"step": step, "train/loss": 4.0 / step} for step in range(1, 9)]
+    groups = [group_of(lines, "first run"), group_of([{"step": 5, "train/loss": 1.0}], "second")]
+    figure = curve_panels(groups)[0][1].draw(LIGHT)
     (axes,) = figure.axes
     assert axes.get_xlabel() == "optimizer step"
     assert axes.get_ylabel() == "nats per response token"
     first, second = axes.lines
-    expected = np.array([[s, 4.0 / s] for s in range(1, 11)])
-    np.testing.assert_allclose(np.asarray(first.get_xydata()), expected)
+    assert points(first) == [[s, 4.0 / s] for s in range(1, 9)]
     assert second.get_marker() == "o"  # a single point has no line to be seen by
-    legend = axes.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["first run", "second run"]
+    # The page has one legend for all; a file of its own gets one below the axes.
+    assert not figure.legends
+    height = figure.get_figheight()
+    add_legend(figure, LIGHT)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first run", "second"]
+    assert figure.get_figheight() > height
 
 
-def test_lens_layers_are_ordered_by_number() -> None:
-    line = {"step": 1, "train/lens/jsd/L10": 1.0, "train/lens/jsd/L02": 2.0, "train/lens/x": 0.0}
-    (panel,) = lens_layer_panels([run_of([line])])
-    legend = panel.draw(LIGHT).axes[0].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["layer 2", "layer 10"]
+@pytest.mark.parametrize(("last", "scale"), [(0.2, "linear"), (0.05, "log"), (-0.05, "linear")])
+def test_axis_is_logarithmic_over_more_than_a_factor_of_ten(last: float, scale: str) -> None:
+    lines = [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": last}]
+    axes = curve_panels([group_of(lines)])[0][1].draw(LIGHT).axes[0]
+    assert axes.get_yscale() == scale
+    assert ("log scale" in axes.get_ylabel()) == (scale == "log")
+
+
+def test_many_runs_look_different_from_each_other() -> None:
+    groups = [group_of([{"step": s, "train/loss": 1.0} for s in (1, 2)], str(n)) for n in range(28)]
+    axes = curve_panels(groups)[0][1].draw(LIGHT).axes[0]
+    looks = {(line.get_color(), str(vars(line)["_dash_pattern"])) for line in axes.lines}
+    assert len(axes.lines) == len(looks) == 28
+
+
+def test_a_value_that_is_not_finite_is_a_cross_at_the_foot() -> None:
+    values = {1: 1.0, 2: math.nan, 3: math.inf, 4: 2.0}
+    lines = [{"step": step, "train/loss": value} for step, value in values.items()]
+    axes = curve_panels([group_of(lines)])[0][1].draw(LIGHT).axes[0]
+    line, crosses = axes.lines
+    assert crosses.get_marker() == "x" and list(np.asarray(crosses.get_xdata())) == [2, 3]
+    assert [y for _, y in points(line) if y == y] == [1.0, 2.0]
+
+
+def test_seeds_are_a_mean_in_a_band() -> None:
+    """Steps 1 and 2 of two seeds; only the second seed came to step 3."""
+    runs = (
+        run_of([{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 2.0}]),
+        run_of([{"step": step, "train/loss": 4.0} for step in (1, 2, 3)]),
+    )
+    group = RunGroup(label="method", runs=runs)
+    series = group.series("train/loss")
+    assert series.steps.tolist() == [1, 2, 3]
+    assert series.mean.tolist() == [2.5, 3.0, 4.0]
+    assert series.low.tolist() == [1.0, 2.0, 4.0] and series.high.tolist() == [4.0, 4.0, 4.0]
+    axes = curve_panels([group])[0][1].draw(LIGHT).axes[0]
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    assert {(1.0, 1.0), (1.0, 4.0), (2.0, 2.0)} <= {(x, y) for x, y in np.asarray(corners).tolist()}
+
+
+def test_layers_are_a_heatmap_deep_ones_above() -> None:
+    lines = [
+        {"step": 10, "train/lens/jsd/L10": 0.1, "train/lens/jsd/L02": 0.4, "train/lens/x": 0.0},
+        {"step": 20, "train/lens/jsd/L10": 0.05},
+        {"step": 40, "train/lens/jsd/L10": 0.0, "train/lens/jsd/L02": math.nan},
+    ]
+    pairs = (LayerPair(teacher=8, student=2), LayerPair(teacher=40, student=10))
+    run = dataclasses.replace(run_of(lines), pairs=pairs)
+    (panel,) = layer_panels([RunGroup(label="run", runs=(run,))])
+    axes, _ = panel.draw(LIGHT).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["8→2", "40→10"]
+    (mesh,) = axes.collections
+    assert isinstance(mesh, QuadMesh)
+    array = mesh.get_array()
+    assert array is not None
+    shown = np.ma.filled(array, np.nan)
+    np.testing.assert_array_equal(shown, [[0.4, np.nan, np.nan], [0.1, 0.05, 0.0]])
+    # Cells end half way to the next step: 10 | 20 | 40.
+    assert np.asarray(mesh.get_coordinates())[0, :, 0].tolist() == [5.0, 15.0, 30.0, 50.0]
+    assert mesh.get_clim() == (0.0, 0.4)
+
+
+def test_heatmaps_of_one_kind_share_their_colours() -> None:
+    groups = [group_of([{"step": 1, "train/lens/jsd/L01": v}], str(v)) for v in (0.1, 0.3)]
+    groups.append(group_of([{"step": 1, "train/hidden/mse/L01": 7.0}], "other kind"))
+    limits = [panel.draw(LIGHT).axes[0].collections[0].get_clim() for panel in layer_panels(groups)]
+    assert limits == [(0.0, 0.3), (0.0, 0.3), (0.0, 7.0)]
+
+
+def test_a_panel_tells_whether_its_values_changed() -> None:
+    lines = [{"step": 1, "train/loss": 1.0, "train/lr": 1.0, "train/lens/jsd/L01": 0.1}]
+    more = [*lines, {"step": 2, "train/loss": 1.0, "train/lens/jsd/L01": 0.1}]
+
+    def contents(of: Sequence[MetricsLine]) -> list[str]:
+        curves = [panel.content for _, panel in curve_panels([group_of(of)])]
+        return curves + [panel.content for panel in layer_panels([group_of(of)])]
+
+    before, after = contents(lines), contents(more)
+    assert contents(lines) == before
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, False]
 
 
 def test_figures_are_png_in_both_themes_and_leave_settings_alone() -> None:
     before = dict(matplotlib.rcParams)
     lines = [{"step": s, "train/loss": float("nan") if s == 50 else 1.0} for s in range(200)]
-    (panel,) = curve_panels([run_of(lines)])
+    ((_, panel),) = curve_panels([group_of(lines)])
     images = [figure_png(panel.draw(theme)) for theme in THEMES]
     for image, theme in zip(images, THEMES, strict=True):
         corner = Image.open(io.BytesIO(image)).convert("RGB").getpixel((1, 1))
         assert corner == tuple(int(theme.surface[i : i + 2], 16) for i in (1, 3, 5))
     assert images[0] == figure_png(panel.draw(LIGHT))
+    assert figure_svg(panel.draw(LIGHT)) == figure_svg(panel.draw(LIGHT))
     assert images[0] != images[1]
     assert dict(matplotlib.rcParams) == before
 

@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from distilllens.report.html import LensSection, Page, PageFigure, data_uri, render_page
+from distilllens.report.html import (
+    FigureGroup,
+    LensSection,
+    Page,
+    PageFigure,
+    data_uri,
+    render_page,
+)
+from distilllens.report.run_differences import Differences
 from distilllens.report.samples import Answer, Sample, SampleSet
+from distilllens.report.style import line_style
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("distilllens", "benchmarks", "scripts")
@@ -172,7 +181,14 @@ def page_of(text: str) -> Page:
     """Returns a page on which every text that comes from a file is ``text``."""
     image = data_uri(b"png")
     figure = PageFigure(
-        name=text, alt=text, caption=text, light=image, dark=image, light_png=b"png"
+        name=text,
+        alt=text,
+        caption=text,
+        light=image,
+        dark=image,
+        width=1,
+        height=1,
+        light_png=b"png",
     )
     answer = Answer(
         index=0, prompt=text, references=(text,), text=text, rouge_l=0.5, truncated=True
@@ -189,8 +205,16 @@ def page_of(text: str) -> Page:
         tables=[],
         prompt_counts={},
         score_figures=[figure],
-        curves=[figure],
+        comparisons=[],
+        curves=[FigureGroup(title=text, figures=[figure])],
         lens=[lens],
+        progress_header=["run", "state"],
+        progress=[[text, text]],
+        run_styles=[line_style(0)],
+        group_labels=[text, text],
+        group_styles=[line_style(0), line_style(9)],
+        differences=Differences(differing=[(text, [text, text])], common=[(text, text)]),
+        teachers=[text],
         run_labels=[text],
         run_rows=[(text, [text])],
         samples=[samples],
