@@ -41,6 +41,11 @@ COMMANDS = {
     "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
     "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
+    "lens": (
+        "distilllens.report.lens_command",
+        "lens_main",
+        "what every layer of teacher and student would say, as a page",
+    ),
 }
 
 OWN_DEBUG = ("cache-teacher", "generate", "judge")

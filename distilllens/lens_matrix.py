@@ -46,6 +46,8 @@ class LensRows:
     lens: LogitLens
     hidden_LND: tuple[Tensor, ...]
     """One [N, D] tensor per collected block, first block first, on the model's device."""
+    targets_N: Tensor
+    """The response tokens that these rows predict (int64), on the model's device."""
     num_available: int
     """Response tokens of the batches, of which N were chosen."""
 
@@ -97,18 +99,26 @@ def collect_rows(
     device = next(lens.model.parameters()).device
     layers = range(1, len(lens.parts.blocks) + 1) if layers is None else layers
     collected: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    targets: list[Tensor] = []
     first = 0
     for batch in batches:
         inside = kept_N[(kept_N >= first) & (kept_N < first + batch.num_tokens)] - first
         first += batch.num_tokens
         if not len(inside):
             continue
-        rows = batch.rows_N[inside.to(batch.rows_N.device)].to(device)
+        inside = inside.to(batch.rows_N.device)
+        rows = batch.rows_N[inside].to(device)
+        targets.append(batch.targets_N[inside].to(device))
         _, hidden = run_body(lens.parts, batch.input_ids_BT.to(device), layers)
         for layer in layers:
             collected[layer].append(gather_rows(hidden[layer], rows))
     hidden_LND = tuple(torch.cat(rows) for rows in collected.values())
-    return LensRows(lens=lens, hidden_LND=hidden_LND, num_available=num_available)
+    return LensRows(
+        lens=lens,
+        hidden_LND=hidden_LND,
+        targets_N=torch.cat(targets),
+        num_available=num_available,
+    )
 
 
 @torch.inference_mode()
