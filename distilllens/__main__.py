@@ -26,14 +26,19 @@ COMMANDS = {
         "generate_main",
         "sample the teacher's answers to the training prompts, to train on",
     ),
+    "evaluate": (
+        "distilllens.evaluation.command",
+        "evaluate_main",
+        "score a model on test sets; the same as evaluate.py",
+    ),
     "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
     "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
     "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
 }
 
-OWN_DEBUG = ("cache-teacher", "generate")
-"""Commands that take a training's options, ``--debug`` among them."""
+OWN_DEBUG = ("cache-teacher", "generate", "evaluate")
+"""Commands that have an option ``--debug`` of their own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
