@@ -26,6 +26,11 @@ COMMANDS = {
         "generate_main",
         "sample the teacher's answers to the training prompts, to train on",
     ),
+    "evaluate": (
+        "distilllens.evaluation.command",
+        "evaluate_main",
+        "score a model on test sets; the same as evaluate.py",
+    ),
     "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
     "judge": (
         "distilllens.evaluation.judge.command",
@@ -48,7 +53,7 @@ COMMANDS = {
     ),
 }
 
-OWN_DEBUG = ("cache-teacher", "generate", "judge")
+OWN_DEBUG = ("cache-teacher", "generate", "evaluate", "judge")
 """Commands that have ``--debug`` among their own options."""
 
 

@@ -297,6 +297,9 @@ class EvalConfig(SamplingConfig):
     """What chooses best/: token-weighted dev loss, or Rouge-L of generated dev answers."""
     seeds: list[int] = field(default_factory=lambda: [10, 20, 30, 40, 50])
     """Sampling seeds; the dev evaluation uses the first."""
+    long_prompts: Literal["cut", "drop"] = "cut"
+    """Prompts over max_prompt_length. cut: the middle of their input (or instruction) is left out,
+    so that "### Response:" stays; drop: they are not scored. Both are counted and told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,10 +370,11 @@ class EvaluateConfig:
         default_factory=lambda: ["dolly", "self_inst", "vicuna", "sinst", "uinst"]
     )
     """Names of sets: folders of data_dir with a valid.jsonl."""
-    limit: int | None = None
-    """Use only the first N prompts of each set; default: the protocol's number."""
+    limit: int | Literal["all"] | None = None
+    """Use only the first N prompts of each set, or all; default: the protocol's number, which is
+    all but for uinst (10,000)."""
     max_prompt_length: int = 256
-    """Longest prompt in tokens; longer ones are dropped, counted and told."""
+    """Longest prompt in tokens; eval.long_prompts says what becomes of longer ones."""
     bad_lines: Literal["error", "skip"] = "error"
     """What a broken record does: stop with file and line, or skip it and count."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -382,6 +386,9 @@ class EvaluateConfig:
     revision: str | None = None
     """Commit hash of the hub repository."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    score_workers: int = 1
+    """Processes beside each generating one that score answers meanwhile, where there are enough to
+    be worth it; 0: none. The results are the same."""
     similarity: str | None = None
     """Folder (or hub name) of a sentence-transformers model: also measure the cosine of answers and
     references, for example sentence-transformers/all-MiniLM-L6-v2. Needs the extra similarity."""
@@ -407,7 +414,8 @@ class EvaluateConfig:
     harness_fewshot: int | None = None
     """Examples before each question of harness; default: the task's own number."""
     overwrite: bool = False
-    """Score again what has a results.json already; default: skip it."""
+    """Score again what has a results.json already, from the first answer on; default: skip what is
+    finished and go on with what is not."""
     dry_run: bool = False
     """Load config, tokenizer and sets, tell counts; generate nothing."""
     debug: bool = False

@@ -59,11 +59,12 @@ class Owner:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[str]:
+def locked(file: Path, option: str = "--run.output_dir") -> Iterator[str]:
     """Holds the lock of a run's folder; all processes of a run enter, the first one locks.
 
     Args:
         file: RUN/run.lock, made if it is not there.
+        option: The flag that names the folder.
 
     Yields:
         A line about the killed owner that the lock was taken over from; else an empty text.
@@ -76,7 +77,7 @@ def locked(file: Path) -> Iterator[str]:
     refusal: UserError | None = None
     if distributed.is_main():
         try:
-            descriptor, note = _acquire(file)
+            descriptor, note = _acquire(file, option)
         except UserError as error:
             refusal = error
     # Else the others would wait for a first process that has left.
@@ -106,7 +107,7 @@ def holder(file: Path) -> Owner | None:
         os.close(descriptor)
 
 
-def _acquire(file: Path) -> tuple[int, str]:
+def _acquire(file: Path, option: str) -> tuple[int, str]:
     """Returns the descriptor that holds the lock, and a note if it was taken over."""
     descriptor = -1
     try:
@@ -115,7 +116,7 @@ def _acquire(file: Path) -> tuple[int, str]:
         if not is_free:
             raise ConfigError(
                 f"{file.parent} is in use by {owner or 'another process'}",
-                fix="wait for its end, stop it, or choose another --run.output_dir; if that "
+                fix=f"wait for its end, stop it, or choose another {option}; if that "
                 f"process is surely gone, delete {file}",
                 kept="everything in it is untouched",
             )
@@ -125,7 +126,7 @@ def _acquire(file: Path) -> tuple[int, str]:
             os.close(descriptor)
         if isinstance(error, OSError):
             raise StorageError(
-                f"{file} cannot be locked", why=str(error), fix="choose another --run.output_dir"
+                f"{file} cannot be locked", why=str(error), fix=f"choose another {option}"
             ) from None
         raise
     note = f"lock taken over from {owner}, which ended without a word" if owner else ""

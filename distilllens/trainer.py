@@ -31,9 +31,10 @@ from distilllens.checkpoint import (
 )
 from distilllens.data.collate import collate_columns
 from distilllens.data.encode import tokenizer_fingerprint
-from distilllens.data.records import read_records
+from distilllens.data.records import Record, read_records
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import CheckpointError, UserError
+from distilllens.evaluation.prompts import fit_prompts
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
 from distilllens.faults import reach
@@ -143,6 +144,8 @@ class Trainer:
         self.tokenizer_sha256 = tokenizer_fingerprint(plan.tokenizer)
         self.totals = self._new_totals()
         self.card = self._collect_card()
+        answers = self.config.eval.metric == "rougeL" and len(data.dev) > 0
+        self.dev_records = self._read_dev_records() if answers else []
 
     # --- The loop ---
 
@@ -431,13 +434,28 @@ class Trainer:
         loss_sum, tokens = distributed.sum_numbers([loss_sum, tokens], self.device)
         return loss_sum / max(tokens, 1.0)
 
+    def _read_dev_records(self) -> list[Record]:
+        """Returns the dev records to answer, now: what cannot be cut should stop no running job."""
+        data, settings = self.config.data, self.config.eval
+        file = read_records(Path(data.path) / "raw.jsonl", bad_lines=data.bad_lines)
+        fitted = fit_prompts(
+            self.plan.tokenizer,
+            file.records[: settings.dev_size],
+            limit=data.max_prompt_length,
+            long_prompts=settings.long_prompts,
+        )
+        if fitted.num_long:
+            self.tracker.say(
+                f"dev prompts over {data.max_prompt_length} tokens: {len(fitted.cut)} cut in the "
+                f"middle, {fitted.num_dropped} dropped, before they are answered"
+            )
+        return fitted.records
+
     def _dev_generations(self) -> dict[str, float]:
-        raw = Path(self.config.data.path) / "raw.jsonl"
-        records = read_records(raw, bad_lines=self.config.data.bad_lines).records
         metrics = evaluate_dev_generations(
             base_model(self.module.student),
             self.plan.tokenizer,
-            records[: self.config.eval.dev_size],
+            self.dev_records,
             settings=self.config.eval,
             seed=self.config.eval.seeds[0],
             max_prompt_length=self.config.data.max_prompt_length,

@@ -27,7 +27,7 @@ def load_benchmark(
     name: str,
     *,
     data_dir: str | Path,
-    limit: int | None = None,
+    limit: int | Literal["all"] | None = None,
     bad_lines: Literal["error", "skip"] = "error",
 ) -> list[Record]:
     """Loads an evaluation set with all its references.
@@ -35,7 +35,7 @@ def load_benchmark(
     Args:
         name: A key of `BENCHMARKS`, or the name of a folder of ``data_dir`` with a valid.jsonl.
         data_dir: Folder that holds the sets.
-        limit: The first N records; None: the protocol's number.
+        limit: The first N records, or all; None: the protocol's number.
         bad_lines: As in `read_records`.
 
     Raises:
@@ -43,8 +43,8 @@ def load_benchmark(
         DataError: No such set (names what is there), or what `read_records` finds wrong.
     """
     path = benchmark_path(name, data_dir=data_dir)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit} must be ≥ 1")
+    if isinstance(limit, int) and limit < 1:
+        raise ConfigError(f"limit={limit} must be ≥ 1, or all")
     if not path.is_file():
         there = ", ".join(available_benchmarks(data_dir)) or "none"
         raise DataError(
@@ -57,9 +57,9 @@ def load_benchmark(
         logger.warning(
             "%s: %d broken lines skipped, first %s", path, file.num_skipped, file.problems[0]
         )
-    records = file.records
-    protocol_limit = BENCHMARKS[name][1] if name in BENCHMARKS else None
-    return records[: limit if limit is not None else protocol_limit]
+    if limit is None and name in BENCHMARKS:
+        return file.records[: BENCHMARKS[name][1]]
+    return file.records[: None if limit == "all" else limit]
 
 
 def benchmark_path(name: str, *, data_dir: str | Path) -> Path:

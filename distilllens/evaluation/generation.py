@@ -54,6 +54,7 @@ def generate_answers(
     max_prompt_length: int,
     indices: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
+    on_answer: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
     """Generates one answer to each prompt; model and tokenizer are left as they were.
 
@@ -66,6 +67,8 @@ def generate_answers(
         max_prompt_length: Longest prompt in tokens; drop longer ones before.
         indices: The prompts' places in the whole set, where this is a share of it; default 0, 1, …
         progress: Called after each batch with the number of answers it brought.
+        on_answer: Called with each answer, and before it its place in ``prompts``, as soon as the
+            answer is there; before ``progress`` counts it.
 
     Returns:
         The answers in the order of the prompts.
@@ -103,6 +106,8 @@ def generate_answers(
             )
             for row, ids in zip(rows, new_ids, strict=True):
                 answers[row] = _answer(tokenizer, ids, eos_id)
+                if on_answer is not None:
+                    on_answer(row, answers[row])
             if progress is not None:
                 progress(len(rows))
     return [answers[row] for row in range(len(prompts))]

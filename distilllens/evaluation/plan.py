@@ -1,4 +1,4 @@
-"""What there is to score: the sets, the cells, which of them are finished, and whose they are.
+"""What there is to score: the sets, the cells, and what of them is finished.
 
 A *cell* is one set with one sampling seed. Everything here happens before weights are loaded.
 """
@@ -18,8 +18,10 @@ from distilllens.data.records import Record
 from distilllens.data.tokenize import encode_prompts
 from distilllens.errors import ConfigError, DataError
 from distilllens.evaluation.generation import check_context_window
+from distilllens.evaluation.partial import read_partial, remove_partial
+from distilllens.evaluation.prompts import fit_prompts
 from distilllens.evaluation.provenance import checkpoint_fingerprint, identity
-from distilllens.evaluation.results import is_finished
+from distilllens.evaluation.results import is_finished, remove_leftovers
 from distilllens.models import load_model_config
 
 
@@ -29,11 +31,13 @@ class EvaluationSet:
 
     name: str
     records: list[Record]
-    """Those whose prompts are within the limit."""
+    """With prompts within the limit."""
     num_dropped: int
-    """Records whose prompts are longer than that."""
+    """Records left out because their prompts are longer than that."""
     longest_prompt: int
-    """Tokens of the longest prompt that is kept."""
+    """Tokens of the longest prompt that is scored."""
+    cut: frozenset[int] = frozenset()
+    """Places in ``records`` of prompts whose middle was cut to the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,11 @@ class Cell:
     identity: dict[str, Any]
     is_finished: bool
 
+    @property
+    def label(self) -> str:
+        """How it is named on the screen."""
+        return f"{self.data.name} seed {self.seed}"
+
 
 def check_settings(config: EvaluateConfig) -> None:
     """Checks what the types leave open.
@@ -56,6 +65,7 @@ def check_settings(config: EvaluateConfig) -> None:
     sets, seeds = config.sets, config.eval.seeds
     rules = {
         f"max_prompt_length={config.max_prompt_length} must be ≥ 1": config.max_prompt_length >= 1,
+        f"score_workers={config.score_workers} must be ≥ 0": config.score_workers >= 0,
         "sets must not be empty": bool(sets),
         f"sets={sets} names a set twice": len(set(sets)) == len(sets),
         f"eval.seeds={seeds} names a seed twice": len(set(seeds)) == len(seeds),
@@ -81,6 +91,7 @@ def drop_long_prompts(
 
 
 def no_usable_prompt(name: str, num_records: int, limit: int) -> DataError:
+    """Returns what a user should read where every prompt of a set was dropped."""
     return DataError(
         f"{name}: none of {num_records} prompts is within max_prompt_length={limit} tokens",
         fix="raise --max_prompt_length",
@@ -90,19 +101,28 @@ def no_usable_prompt(name: str, num_records: int, limit: int) -> DataError:
 def load_set(
     name: str, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
 ) -> EvaluationSet:
-    """Loads a set and drops what has too long a prompt.
+    """Loads a set and cuts or drops what has too long a prompt.
 
     Raises:
-        ConfigError, DataError: See `load_benchmark`; no prompt is within the limit.
+        ConfigError, DataError: See `load_benchmark` and `fit_prompts`; every prompt was dropped.
     """
     records = load_benchmark(
         name, data_dir=config.data_dir, limit=config.limit, bad_lines=config.bad_lines
     )
-    kept, longest = drop_long_prompts(tokenizer, records, config.max_prompt_length)
-    if not kept:
+    fitted = fit_prompts(
+        tokenizer,
+        records,
+        limit=config.max_prompt_length,
+        long_prompts=config.eval.long_prompts,
+    )
+    if not fitted.records:
         raise no_usable_prompt(name, len(records), config.max_prompt_length)
     return EvaluationSet(
-        name=name, records=kept, num_dropped=len(records) - len(kept), longest_prompt=longest
+        name=name,
+        records=fitted.records,
+        num_dropped=fitted.num_dropped,
+        longest_prompt=fitted.longest,
+        cut=fitted.cut,
     )
 
 
@@ -125,6 +145,8 @@ def plan_cells(config: EvaluateConfig, sets: Sequence[EvaluationSet]) -> list[Ce
     cells = []
     for data in sets:
         wanted = identity(config, checkpoint=checkpoint, records=data.records)
+        if data.cut or data.num_dropped:  # else it changes nothing, and older results stay good
+            wanted["eval.long_prompts"] = config.eval.long_prompts
         for seed in config.eval.seeds:
             folder = Path(config.output_dir) / f"seed{seed}" / data.name
             finished = not config.overwrite and is_finished(folder, wanted)
@@ -134,12 +156,21 @@ def plan_cells(config: EvaluateConfig, sets: Sequence[EvaluationSet]) -> list[Ce
     return cells
 
 
-def deal(cells: Sequence[Cell], world_size: int) -> list[list[Cell]]:
-    """Deals cells to ranks, the largest first, each to the rank with the fewest prompts so far."""
-    hands: list[list[Cell]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for cell in sorted(cells, key=lambda cell: -len(cell.data.records)):
-        rank = loads.index(min(loads))
-        hands[rank].append(cell)
-        loads[rank] += len(cell.data.records)
-    return hands
+def find_missing(cells: Sequence[Cell], *, overwrite: bool) -> list[list[int] | None]:
+    """Returns each cell's rows without an answer, None of a finished cell; one process calls it.
+
+    What nobody needs any more is removed: files that a kill left half written, and the partial
+    files of finished cells, with ``overwrite`` of all.
+
+    Raises:
+        ConfigError: Partial answers belong to another evaluation.
+    """
+    missing: list[list[int] | None] = []
+    for cell in cells:
+        remove_leftovers(cell.folder)
+        if cell.is_finished or overwrite:
+            remove_partial(cell.folder)
+        there = read_partial(cell.folder, identity=cell.identity, seed=cell.seed).answers
+        rows = [row for row in range(len(cell.data.records)) if row not in there]
+        missing.append(None if cell.is_finished else rows)
+    return missing

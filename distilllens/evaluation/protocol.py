@@ -1,17 +1,17 @@
 """The evaluation protocol: every set × every seed, one folder each, resumable, over many ranks.
 
-A *cell* is one set with one sampling seed. Cells are independent: they are dealt out to the ranks
-of a torchrun, and finished ones are skipped, so a stopped evaluation goes on where it was.
+A *cell* is one set with one sampling seed; finished ones are skipped. Every answer is on the disk
+when it is there, so a stopped or killed evaluation goes on in the middle of a cell. The ranks of a
+torchrun share what is missing (see `shares`). Samples are seeded by example, so in float32 none of
+this changes a result.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,32 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distilllens import distributed
 from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.data.progress import track
 from distilllens.data.records import Record
+from distilllens.errors import DistributedError
+from distilllens.evaluation.finish import finish_cell
 from distilllens.evaluation.generation import Answer, generate_answers
 from distilllens.evaluation.measures import plan_measures, run_measures
 from distilllens.evaluation.metrics_table import build_metrics_table
+from distilllens.evaluation.partial import PartialWriter
 from distilllens.evaluation.plan import (
     Cell,
     check_settings,
     check_windows,
-    deal,
-    drop_long_prompts,
+    find_missing,
     load_set,
     no_usable_prompt,
     plan_cells,
 )
+from distilllens.evaluation.prompts import fit_prompts
 from distilllens.evaluation.provenance import method_name
-from distilllens.evaluation.results import build_table, check_writable, read_result, write_cell
-from distilllens.evaluation.rouge import exact_match, rouge_l_max
-from distilllens.evaluation.text_metrics import compute_text_metrics
+from distilllens.evaluation.results import build_table, check_writable, read_result
+from distilllens.evaluation.scoring import Score, Scorer, compute_metrics, score_samples
+from distilllens.evaluation.shares import Share, deal
+from distilllens.lock import locked
 from distilllens.models import load_model, load_tokenizer
-from distilllens.runs import git_commit, versions
 from distilllens.signals import StopRequest, poll, stoppable
 
 DTYPES = {
@@ -52,52 +56,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-def score_samples(answers: Sequence[Answer], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Returns the line of samples.jsonl of each answer; ``rougeL`` is in [0, 1]."""
-    return [
-        {
-            "index": index,
-            "prompt": record.prompt,
-            "references": list(record.outputs),
-            "answer": answer.text,
-            "num_tokens": answer.num_tokens,
-            "truncated": answer.truncated,
-            "rougeL": rouge_l_max(answer.text, record.outputs),
-            "exact_match": exact_match(answer.text, record.outputs),
-        }
-        for index, (answer, record) in enumerate(zip(answers, records, strict=True))
-    ]
-
-
-def compute_metrics(samples: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns the means over samples.
-
-    Returns:
-        ``rougeL`` and ``exact_match`` × 100, ``num`` samples, ``truncated`` of them,
-        ``mean_tokens``, and what `compute_text_metrics` finds.
-
-    Raises:
-        ValueError: There are no samples.
-    """
-    if not samples:
-        raise ValueError("no samples to score")
-    count = len(samples)
-    # fsum is exact, so shares of a set, gathered in any order, give the same mean.
-    return {
-        "rougeL": 100 * math.fsum(sample["rougeL"] for sample in samples) / count,
-        "exact_match": 100 * sum(sample["exact_match"] for sample in samples) / count,
-        "num": count,
-        "truncated": sum(sample["truncated"] for sample in samples),
-        "mean_tokens": sum(sample["num_tokens"] for sample in samples) / count,
-        **compute_text_metrics(samples),
-    }
-
-
-def score(answers: Sequence[Answer], records: Sequence[Record]) -> dict[str, float]:
-    """Returns the metrics of answers to records; see `compute_metrics`."""
-    return compute_metrics(score_samples(answers, records))
 
 
 def evaluate_dev_generations(
@@ -120,8 +78,8 @@ def evaluate_dev_generations(
     Args:
         model: The student (of an adapter: ``get_base_model()``), on its device.
         tokenizer: Its tokenizer.
-        records: The dev records; those with over-long prompts are left out.
-        settings: Sampling settings and batch size.
+        records: The dev records.
+        settings: Sampling settings, batch size, and what becomes of long prompts.
         seed: Sampling seed.
         max_prompt_length: Longest prompt in tokens.
         rank: This process's rank.
@@ -129,12 +87,15 @@ def evaluate_dev_generations(
         stop: Asked after each batch, by all ranks equally often.
 
     Raises:
-        ConfigError: The longest prompt and its answer exceed the model's context window.
-        DataError: No prompt is within the limit.
+        ConfigError: The longest prompt and its answer exceed the model's context window, or a
+            prompt cannot be cut to the limit.
+        DataError: Every prompt was dropped.
         NumericsError: The model's logits are not finite.
         Stopped: A rank was asked to stop: raised by all of them after the same batch.
     """
-    kept, _ = drop_long_prompts(tokenizer, records, max_prompt_length)
+    kept = fit_prompts(
+        tokenizer, records, limit=max_prompt_length, long_prompts=settings.long_prompts
+    ).records
     if not kept:
         raise no_usable_prompt("the dev set", len(records), max_prompt_length)
     share = range(rank, len(kept), world_size)
@@ -167,7 +128,7 @@ def evaluate_dev_generations(
 def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Scores a checkpoint on all sets with all seeds and prints the table.
 
-    Under torchrun (``WORLD_SIZE`` > 1) each rank takes a share of the cells.
+    Under torchrun (``WORLD_SIZE`` > 1) each rank answers a share of what is missing.
 
     Args:
         config: Checkpoint, sets, seeds, settings, output folder.
@@ -178,11 +139,12 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: A model folder that is not there, settings out of range, a context window
-            that is too small, results of another evaluation in the output folder.
+            that is too small, results of another evaluation in the output folder, or another
+            process that is writing there.
         DataError: A set that is not there, a broken record, no usable prompt.
         NumericsError: The model's logits are not finite.
         StorageError: The output folder cannot be written.
-        Stopped: A signal ended it after a batch; finished cells are kept.
+        Stopped: A signal ended it after a batch; what is answered is kept.
     """
     check_settings(config)
     console = Console(highlight=False, markup=False)
@@ -193,31 +155,34 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
         )
         sets = [load_set(name, tokenizer, config) for name in config.sets]
         check_windows(config, sets)
-        cells = plan_cells(config, sets)
-        _print_plan(console, config, cells)
-        measures = plan_measures(config, tokenizer, cells, console)
         if config.dry_run:
+            cells = plan_cells(config, sets)
+            _print_plan(console, config, cells)
+            plan_measures(config, tokenizer, cells, console)
             return []
-        check_writable(Path(config.output_dir))
-        # No rank may finish a cell before every rank has planned: they would deal differently.
-        _barrier(world_size)
-        mine = deal([cell for cell in cells if not cell.is_finished], world_size)[rank]
-        if mine:
-            _run_cells(config, tokenizer, mine, console)
-        _barrier(world_size)
-        run_measures(
-            measures,
-            config,
-            tokenizer,
-            console,
-            rank=rank,
-            world_size=world_size,
-            device=local_device(),
-            dtype=DTYPES[config.dtype],
-        )
-        if rank != 0:
-            return []
-        results = [read_result(cell.folder / "results.json") for cell in cells]
+        folder = Path(config.output_dir)
+        check_writable(folder)
+        with locked(folder / "evaluate.lock", "--output_dir") as note, stoppable():
+            if note:
+                console.print(note, soft_wrap=True)
+            cells = plan_cells(config, sets)
+            _print_plan(console, config, cells)
+            measures = plan_measures(config, tokenizer, cells, console)
+            _answer_and_score(config, tokenizer, cells, console)
+            distributed.barrier()
+            run_measures(
+                measures,
+                config,
+                tokenizer,
+                console,
+                rank=rank,
+                world_size=world_size,
+                device=local_device(),
+                dtype=DTYPES[config.dtype],
+            )
+            if rank != 0:
+                return []
+            results = [read_result(cell.folder / "results.json") for cell in cells]
         console.print(build_table(results, title=f"{method_name(config)} ({config.checkpoint})"))
         console.print(build_metrics_table(results))
         console.print(f"results and samples: {config.output_dir}", soft_wrap=True)
@@ -233,22 +198,90 @@ def _print_plan(console: Console, config: EvaluateConfig, cells: Sequence[Cell])
         ),
         soft_wrap=True,
     )
-    table = Table(title=f"Sets of {config.data_dir}")
-    for header in ("set", "prompts", f"over {config.max_prompt_length} tokens, dropped", "longest"):
+    table = Table(title=f"Sets of {config.data_dir}; prompts of {config.max_prompt_length} tokens")
+    for header in ("set", "prompts", "longer: dropped", "longer: cut", "longest"):
         table.add_column(header, justify="left" if header == "set" else "right")
     for data in {cell.data.name: cell.data for cell in cells}.values():
-        numbers = (len(data.records), data.num_dropped, data.longest_prompt)
+        numbers = (len(data.records), data.num_dropped, len(data.cut), data.longest_prompt)
         table.add_row(data.name, *map(str, numbers))
     console.print(table)
 
 
-def _run_cells(
+def _answer_and_score(
     config: EvaluateConfig,
     tokenizer: PreTrainedTokenizerBase,
     cells: Sequence[Cell],
     console: Console,
 ) -> None:
-    """Loads the model on this rank's device, scores the cells and writes each when it is done."""
+    """Answers what is missing, this rank its share, and writes all cells."""
+    # The first rank looks, before anybody writes: else the ranks could deal differently.
+    missing = distributed.on_main(lambda: find_missing(cells, overwrite=config.overwrite))
+    assert missing is not None
+    open_cells = [
+        (cell, rows) for cell, rows in zip(cells, missing, strict=True) if rows is not None
+    ]
+    if there := sum(len(cell.data.records) - len(rows) for cell, rows in open_cells):
+        console.print(f"{there:,} answers of unfinished cells are there already", soft_wrap=True)
+    shares = deal(missing, distributed.world_size())[distributed.rank()]
+    scores = _run_shares(config, tokenizer, cells, shares, console)
+    for number, known in _gather(scores).items():
+        if distributed.is_main():
+            finish_cell(config, cells[number], known, console)
+
+
+def _gather(scores: dict[int, dict[int, Score]]) -> dict[int, dict[int, Score]]:
+    """Waits for all ranks; returns the scores of cells that they shared, by cell and row.
+
+    Raises:
+        Stopped: A signal came; another rank may have left by it already.
+        DistributedError: Another rank has left.
+    """
+    try:
+        hands = distributed.together(lambda: scores)
+    except DistributedError:
+        poll("waiting for the other processes; what is answered is kept")
+        raise
+    merged: dict[int, dict[int, Score]] = {}
+    for hand in hands:
+        for number, known in hand.items():
+            merged.setdefault(number, {}).update(known)
+    return dict(sorted(merged.items()))
+
+
+def _run_shares(
+    config: EvaluateConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    cells: Sequence[Cell],
+    shares: Sequence[Share],
+    console: Console,
+) -> dict[int, dict[int, Score]]:
+    """Answers this rank's shares, and writes the cells that nobody else has a share of.
+
+    Returns:
+        Scores of the others by the cell's place in the plan and the row.
+    """
+    if not shares:
+        return {}
+    model = _load_model(config) if any(share.rows for share in shares) else None
+    pairs = sum(
+        len(cells[share.cell].data.records[row].outputs) for share in shares for row in share.rows
+    )
+    shared: dict[int, dict[int, Score]] = {}
+    with Scorer(config.score_workers, pairs=pairs) as scorer:
+        for position, share in enumerate(shares, start=1):
+            cell = cells[share.cell]
+            if model is not None and share.rows:
+                label = f"{cell.label} ({position}/{len(shares)})"
+                _answer_share(config, model, tokenizer, cell, share, scorer, label, console)
+            scores = scorer.collect()
+            if share.is_whole:
+                finish_cell(config, cell, scores, console)
+            else:
+                shared[share.cell] = scores
+    return shared
+
+
+def _load_model(config: EvaluateConfig) -> PreTrainedModel:
     model = load_model(
         config.checkpoint,
         dtype=DTYPES[config.dtype],
@@ -258,45 +291,52 @@ def _run_cells(
     )
     module: torch.nn.Module = model
     module.to(local_device())
-    with stoppable():
-        for position, cell in enumerate(cells, start=1):
-            label = f"{cell.data.name} seed {cell.seed} ({position}/{len(cells)})"
-            _run_cell(config, model, tokenizer, cell, label, console)
+    return model
 
 
-def _run_cell(
+def _answer_share(
     config: EvaluateConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
+    share: Share,
+    scorer: Scorer,
     label: str,
     console: Console,
 ) -> None:
-    start = time.monotonic()
-    with track(label, "answers", total=len(cell.data.records), console=console) as advance:
+    """Answers rows of a cell; keeps each answer, and hands it to the scorer, when it is there."""
+    records = cell.data.records
+    head = {
+        "identity": cell.identity,
+        "seed": cell.seed,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    with (
+        closing(PartialWriter(cell.folder, rank=distributed.rank(), head=head)) as partial,
+        track(label, "answers", total=len(share.rows), console=console) as advance,
+    ):
+
+        def keep(position: int, answer: Answer) -> None:
+            row = share.rows[position]
+            partial.append(row, answer)
+            scorer.add(row, answer.text, records[row].outputs)
 
         def advance_or_stop(count: int) -> None:
             advance(count)
-            poll(f"answering {label}; finished cells are kept")
+            poll(f"answering {label}; what is answered is kept")
 
-        answers = generate_answers(
+        generate_answers(
             model,
             tokenizer,
-            [record.prompt for record in cell.data.records],
+            [records[row].prompt for row in share.rows],
             settings=config.eval,
             seed=cell.seed,
             max_prompt_length=config.max_prompt_length,
+            indices=share.rows,
             progress=advance_or_stop,
+            on_answer=keep,
         )
-    samples = score_samples(answers, cell.data.records)
-    result = _result(config, cell, model, samples, seconds=time.monotonic() - start)
-    write_cell(cell.folder, result, samples)
-    metrics = result["metrics"]
-    console.print(
-        f"{label}: Rouge-L {metrics['rougeL']:.2f}, exact match {metrics['exact_match']:.2f}, "
-        f"{metrics['truncated']} of {metrics['num']} truncated",
-        soft_wrap=True,
-    )
 
 
 def local_device() -> torch.device:
@@ -304,43 +344,6 @@ def local_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def _result(
-    config: EvaluateConfig,
-    cell: Cell,
-    model: PreTrainedModel,
-    samples: Sequence[dict[str, Any]],
-    *,
-    seconds: float,
-) -> dict[str, Any]:
-    """Returns the content of results.json."""
-    metrics = compute_metrics(samples)
-    dropped = cell.data.num_dropped
-    return {
-        "metrics": metrics,
-        "set": cell.data.name,
-        "seed": cell.seed,
-        "name": method_name(config),
-        "checkpoint": config.checkpoint,
-        "identity": cell.identity,
-        "counts": {
-            "records": len(samples) + dropped,
-            "scored": len(samples),
-            "dropped_long_prompts": dropped,
-            "truncated": metrics["truncated"],
-        },
-        "timing": {
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(metrics["mean_tokens"] * len(samples) / seconds, 1),
-        },
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": dataclasses.asdict(config),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
 
 
 @contextmanager
@@ -361,8 +364,3 @@ def process_group() -> Iterator[tuple[int, int]]:
     finally:
         if is_mine:
             dist.destroy_process_group()
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        dist.barrier()

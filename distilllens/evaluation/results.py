@@ -73,7 +73,14 @@ def _write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a kill in the middle of `write_cell` left; whoever holds the folder's lock."""
+    for name in ("samples.jsonl", "results.json"):
+        for file in folder.glob(f".{name}-*"):
+            file.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -87,15 +94,16 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise unwritable(folder, error) from None
 
 
-def _unwritable(path: Path, error: OSError) -> StorageError:
+def unwritable(path: Path, error: OSError) -> StorageError:
+    """Returns what a user should read where a file of the results cannot be written."""
     return StorageError(
         f"cannot write {path}",
         why=error.strerror or str(error),
         fix="free the disk, or choose another --output_dir",
-        kept="every finished cell has its results.json and is skipped next time",
+        kept="every finished cell has its results.json; the same command goes on with the others",
     )
 
 
@@ -125,15 +133,22 @@ def is_finished(folder: Path, identity: Mapping[str, Any]) -> bool:
     file = folder / "results.json"
     if not file.exists():
         return False
-    stored = read_result(file).get("identity", {})
-    differing = differences(stored, dict(identity))
-    if differing:
+    refuse_other_identity(file, read_result(file).get("identity", {}), identity)
+    return True
+
+
+def refuse_other_identity(file: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses to go on from a file of another evaluation, or to take it for this one's.
+
+    Raises:
+        ConfigError: Names what differs.
+    """
+    if differing := differences(dict(stored), dict(wanted)):
         raise ConfigError(
             f"{file} belongs to another evaluation",
             why="; ".join(differing),
             fix="another --output_dir, or --overwrite to score again",
         )
-    return True
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:

@@ -144,8 +144,8 @@ def figure_svg(figure: Figure, *, outlines: bool = False) -> bytes:
             text, in a third of the bytes; without DejaVu Sans readers see their own sans-serif.
     """
     buffer = io.BytesIO()
-    settings = {"svg.fonttype": "path" if outlines else "none", "svg.hashsalt": "distilllens"}
-    with matplotlib.rc_context(settings):
+    letters = "path" if outlines else "none"
+    with matplotlib.rc_context({"svg.fonttype": letters, "svg.hashsalt": "distilllens"}):
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", dpi=DPI, metadata=nothing)
     return buffer.getvalue()

@@ -6,11 +6,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 evaluate_all() { # FLAG…: passed on to every evaluate.py, after all else, so that they win
   local run found there=() missing=()
-  found=$(present_sets)
   for run in $(told_runs); do
     if dry_run || [[ -d "$run" ]]; then there+=("$run"); else missing+=("$run"); fi
   done
   [[ ${#missing[@]} == 0 ]] || echo "Not trained, left out: ${missing[*]}" >&2
+  found=$(comm -13 <(told_runs | sort -u) <(compgen -G "results/train/$CKPT_NAME/*/*/best" | cat - \
+    <(compgen -G "results/train/$CKPT_NAME/*/*/seed*/best") | sort -u) | paste -sd " ")
+  [[ -z "$found" ]] || echo "Trained, but not named by APPROACHES and TYPES, left out: $found" >&2
+  found=$(present_sets)
   if [[ ${#there[@]} == 0 ]]; then
     echo "error: no trained model to score; the train_all.sh scripts beside this one train them" >&2
     return 2

@@ -267,6 +267,23 @@ def test_evaluation_finds_training_seeds_and_given_models(tree: Tree) -> None:
     assert all(c.eval.seeds == [1, 2, 3] for c in configs)
 
 
+def test_trained_runs_that_are_not_named_are_told_in_one_line(tree: Tree) -> None:
+    named = ("kd/rkl", "sft/ce")
+    unnamed = ("distill_lens/tvd/seed10", "kd/skew_fkl", "mine/jsd")
+    for run in (*named, *unnamed):
+        (tree.root / f"results/train/gpt2-base/{run}/best").mkdir(parents=True)
+    script = "scripts/gpt2/eval/run_eval.sh"
+    done = tree.run(script, DRY_RUN="1", APPROACHES="sft kd", TYPES="rkl")
+    assert done.returncode == 0
+    told = [line for line in done.stderr.splitlines() if "not named by" in line]
+    paths = " ".join(f"results/train/gpt2-base/{run}/best" for run in unnamed)
+    assert told == [f"Trained, but not named by APPROACHES and TYPES, left out: {paths}"]
+    more = {"APPROACHES": "sft kd mine distill_lens", "TYPES": "rkl tvd skew_fkl jsd"}
+    done = tree.run(script, DRY_RUN="1", **more)
+    assert "not named" not in done.stderr
+    assert all(f"results/train/gpt2-base/{run}/best" in done.stdout for run in unnamed)
+
+
 def test_evaluation_without_models_or_sets_says_so(tree: Tree) -> None:
     done = tree.run("scripts/gpt2/eval/run_eval.sh")
     assert done.returncode == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks import harness
+from benchmarks import harness, rouge
 from benchmarks.harness import Baseline, Result, Sample, Variant, append_csv, measure
 from benchmarks.loss import check_equal
 from benchmarks.loss import main as loss_main
@@ -304,6 +305,26 @@ def test_generation_command_counts_the_tokens_of_both_loops(
         assert 0 < float(row["tokens"]) <= 3 * 6
         speed = float(row["tokens"]) / float(row["wall_s"])
         assert float(row["tokens_per_s"]) == pytest.approx(speed)
+
+
+def test_rouge_command_compares_all_pairs_and_counts_the_timed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, path = tmp_path / "valid.jsonl", tmp_path / "rows.csv"
+    outputs = [["The cats are running home.", "Cats run."], "Sorted: fig, pear.", "Yes"]
+    lines = [json.dumps({"instruction": "x", "output": output}) for output in outputs]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    flags = ["--data", str(data), "--timed", "10", "--rounds", "2", "--csv", str(path)]
+    rouge.main(flags)
+    rows = read_csv(path)
+    assert [row["variant"] for row in rows] == ["rouge-score", "cold", "warm"]
+    for row in rows:
+        assert (row["texts"], row["equal_pairs"], row["timed_pairs"]) == ("4", "16", "10")
+        speed = 10 / float(row["cpu_s"])
+        assert float(row["pairs_per_cpu_s"]) == pytest.approx(speed)
+    monkeypatch.setattr(rouge, "rouge_l", lambda answer, reference: 0.25)
+    with pytest.raises(NumericsError, match=r"0\.25 is not rouge-score's"):
+        rouge.main(flags)
 
 
 @pytest.mark.parametrize(

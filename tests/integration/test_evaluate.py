@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import evaluate
 from distilllens.config import EvalConfig
 from distilllens.data.benchmarks import load_benchmark
-from distilllens.data.records import Record
+from distilllens.evaluation import command
 from distilllens.evaluation.generation import Answer
-from distilllens.evaluation.plan import Cell, EvaluationSet, deal
-from distilllens.evaluation.protocol import evaluate_dev_generations, score
+from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.evaluation.results import build_table, mean_and_sd
+from distilllens.evaluation.scoring import score
 from distilllens.models import load_model, load_tokenizer
 
 SETTINGS = ["--eval.max_new_tokens", "8", "--max_prompt_length", "200", "--eval.batch_size", "2"]
@@ -82,14 +82,17 @@ def test_results_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
 
     result, samples = read("seed20/words/results.json"), read_samples("seed20/words/samples.jsonl")
     assert result["counts"]["records"] == 4
-    assert result["counts"]["dropped_long_prompts"] == 1
-    assert result["counts"]["scored"] == len(samples) == result["metrics"]["num"] == 3
+    assert result["counts"]["dropped_long_prompts"] == 0
+    assert result["counts"]["cut_long_prompts"] == 1
+    assert [sample["cut"] for sample in samples] == [False, False, False, True]
+    assert result["counts"]["scored"] == len(samples) == result["metrics"]["num"] == 4
     assert (result["set"], result["seed"], result["name"]) == ("words", 20, "run")
     assert result["config"]["eval"]["max_new_tokens"] == 8
     assert {"torch", "transformers", "rouge-score"} <= set(result["versions"])
     assert "git_commit" in result
-    mean = sum(sample["rougeL"] for sample in samples) / 3
+    mean = sum(sample["rougeL"] for sample in samples) / 4
     assert result["metrics"]["rougeL"] == pytest.approx(100 * mean)
+    assert result["timing"]["seconds"] > 0
     assert result["counts"]["truncated"] == sum(sample["truncated"] for sample in samples)
     assert samples[0]["prompt"].endswith("Repeat pear.\n\n### Input:\nonce\n\n### Response:\n")
     assert samples[0]["references"] == ["pear"]
@@ -166,8 +169,11 @@ def test_dry_run_tells_counts_and_writes_nothing(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "4 cells" in printed
     row = next(line for line in printed.splitlines() if "words" in line)
-    assert [part for part in row.split() if part.isdigit()][:2] == ["3", "1"]
+    assert [part for part in row.split() if part.isdigit()][:3] == ["4", "0", "1"]
     assert not Path("out").exists()
+    assert run("--dry_run", "--eval.long_prompts", "drop") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "words" in line)
+    assert [part for part in row.split() if part.isdigit()][:3] == ["3", "1", "0"]
 
 
 @pytest.mark.usefixtures("place")
@@ -179,7 +185,14 @@ def test_dry_run_tells_counts_and_writes_nothing(capsys: pytest.CaptureFixture[s
         (["--sets", "[../data]"], 2, "no plain name"),
         (["--sets", "[words, words]"], 2, "names a set twice"),
         (["--limit", "0"], 2, "limit=0"),
-        (["--max_prompt_length", "3"], 3, "none of 2 prompts is within max_prompt_length=3"),
+        (["--max_prompt_length", "3"], 2, "max_prompt_length=3 leaves no room"),
+        (
+            ["--max_prompt_length", "3", "--eval.long_prompts", "drop"],
+            3,
+            "none of 2 prompts is within max_prompt_length=3",
+        ),
+        (["--limit", "some"], 2, "limit"),
+        (["--score_workers", "-1"], 2, "score_workers=-1 must be ≥ 0"),
         (["--eval.max_new_tokens", "250"], 2, "context window 256"),
         (["--eval.temprature", "1"], 2, "did you mean eval.temperature"),
         (["--output_dir", "run/best/config.json/out"], 6, "cannot write"),
@@ -215,7 +228,7 @@ def test_debug_shows_the_traceback(
     def fail(_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(evaluate, "evaluate_checkpoint", fail)
+    monkeypatch.setattr(command, "evaluate_checkpoint", fail)
     assert run() == 1
     error = capsys.readouterr().err
     assert "error[DL-BUG]: KeyError: 'a bug'" in error
@@ -276,29 +289,6 @@ def test_table_row_of_means_is_seed_by_seed() -> None:
     assert columns[0] == ["a", "b", "mean of sets"]
     assert columns[1] == ["10.00", "30.00", "20.00"]
     assert columns[-1] == ["15.00 ± 7.07", "25.00 ± 7.07", "20.00 ± 0.00"]
-
-
-def test_every_cell_is_dealt_once_and_loads_are_even() -> None:
-    record = Record(instruction="i", input="", outputs=("o",))
-    cells = [
-        Cell(
-            data=EvaluationSet(
-                name=f"set{size}", records=[record] * size, num_dropped=0, longest_prompt=1
-            ),
-            seed=seed,
-            folder=Path(f"{size}/{seed}"),
-            identity={},
-            is_finished=False,
-        )
-        for size in (500, 242, 80, 1694)
-        for seed in (10, 20, 30, 40, 50)
-    ]
-    hands = deal(cells, 4)
-    dealt = [cell.folder for hand in hands for cell in hand]
-    assert sorted(dealt) == sorted(cell.folder for cell in cells)
-    loads = [sum(len(cell.data.records) for cell in hand) for hand in hands]
-    assert max(loads) - min(loads) <= 1694
-    assert deal(cells[:1], 3)[1:] == [[], []]
 
 
 def join_as_rank(rank: int, port: int, folder: str) -> None:

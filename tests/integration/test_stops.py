@@ -146,7 +146,7 @@ def test_a_stopped_evaluation_keeps_finished_cells_and_goes_on(
         assert evaluate.main([*flags, "--output_dir", f"{root}/out"]) == 143
     assert len(calls) == 4  # 3 batches in each of the 2 cells
     error = capsys.readouterr().err
-    assert "SIGTERM: stopped while answering toy seed 2 (2/2); finished cells are kept" in error
+    assert "SIGTERM: stopped while answering toy seed 2 (2/2); what is answered is kept" in error
     assert [path.parent.parent.name for path in root.glob("out/*/*/results.json")] == ["seed1"]
     assert evaluate.main([*flags, "--output_dir", f"{root}/out"]) == 0
     for seed in ("seed1", "seed2"):

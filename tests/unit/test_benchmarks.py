@@ -32,7 +32,10 @@ def test_limit_is_the_protocols_unless_given(tmp_path: Path) -> None:
     assert len(load_benchmark("uinst", data_dir=tmp_path)) == 10_000
     assert load_benchmark("uinst", data_dir=tmp_path)[-1].instruction == "i9999"
     assert len(load_benchmark("uinst", data_dir=tmp_path, limit=7)) == 7
+    assert len(load_benchmark("uinst", data_dir=tmp_path, limit="all")) == 10_003
+    assert len(load_benchmark("uinst", data_dir=tmp_path, limit=10_001)) == 10_001
     assert len(load_benchmark("dolly", data_dir=tmp_path)) == 5
+    assert len(load_benchmark("dolly", data_dir=tmp_path, limit="all")) == 5
     assert len(load_benchmark("dolly", data_dir=tmp_path, limit=99)) == 5
     with pytest.raises(ConfigError, match="limit=0"):
         load_benchmark("dolly", data_dir=tmp_path, limit=0)

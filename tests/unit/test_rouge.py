@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from distilllens.data.skills import generate_skills
 from distilllens.evaluation.rouge import exact_match, normalize_answer, rouge_l, rouge_l_max
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)
@@ -60,6 +61,27 @@ def test_real_answers_equal_rouge_score() -> None:
     texts = [text[:600] for text in texts]
     for prediction, reference in pairwise(texts):
         assert rouge_l(prediction, reference) == oracle(prediction, reference)
+
+
+def test_ten_thousand_pairs_equal_rouge_score() -> None:
+    """Generated answers and sentences, cut, shuffled, joined; several references; one long pair."""
+    rng = random.Random(12)
+    rows = generate_skills(seed=5, train=700, dev=1, test=1).train
+    texts = [str(row["output"]) for row in rows]
+    texts += [random_text(rng) for _ in range(300)]
+    for text in (" ".join(rng.sample(texts, 5)) for _ in range(500)):
+        words = text.split()
+        answers = [
+            *("", text, text[: rng.randrange(len(text))], " ".join(rng.sample(words, len(words)))),
+            *(rng.choice(texts) for _ in range(3)),
+        ]
+        references = [text, rng.choice(texts), "".join(rng.sample(text, 20))]
+        for answer in answers:
+            scores = [oracle(answer, reference) for reference in references]  # 10,500 in all
+            assert [rouge_l(answer, reference) for reference in references] == scores
+            assert rouge_l_max(answer, references) == max(scores)
+    long = [" ".join(rng.choices(texts, k=150)) for _ in range(2)]
+    assert rouge_l(*long) == oracle(*long) > 0
 
 
 def test_f1_of_a_hand_counted_case() -> None:
