@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.data.progress import track
 from distilllens.data.records import Record
+from distilllens.evaluation import vllm_backend
 from distilllens.evaluation.generation import Answer, generate_answers
 from distilllens.evaluation.plan import (
     Cell,
@@ -122,7 +123,7 @@ def evaluate_dev_generations(
         max_prompt_length: Longest prompt in tokens.
         rank: This process's rank.
         world_size: Number of processes that share the work.
-        stop: Asked after each batch, by all ranks equally often.
+        stop: Asked each time a batch's number of answers has come, by all ranks equally often.
 
     Raises:
         ConfigError: The longest prompt and its answer exceed the model's context window.
@@ -134,11 +135,21 @@ def evaluate_dev_generations(
     if not kept:
         raise no_usable_prompt("the dev set", len(records), max_prompt_length)
     share = range(rank, len(kept), world_size)
+    # All ranks ask as often as the first, whose share is the largest.
+    questions = math.ceil(len(kept) / (world_size * settings.batch_size))
+    answered = asked = 0
 
-    def ask(times: int = 1) -> None:
+    def ask(times: int) -> None:
+        nonlocal asked
         for _ in range(times):
+            asked += 1
             if stop is not None:
                 stop.check("answering dev prompts")
+
+    def count(answers: int) -> None:
+        nonlocal answered
+        answered += answers
+        ask(answered // settings.batch_size - asked)
 
     answers = generate_answers(
         model,
@@ -148,11 +159,9 @@ def evaluate_dev_generations(
         seed=seed,
         max_prompt_length=max_prompt_length,
         indices=share,
-        progress=lambda _: ask(),
+        progress=count,
     )
-    # All ranks ask as often as the first, whose share is the largest.
-    batches = math.ceil(len(share) / settings.batch_size)
-    ask(math.ceil(len(kept) / (world_size * settings.batch_size)) - batches)
+    ask(questions - asked)
     shares: list[Any] = [None] * world_size
     shares[rank] = score_samples(answers, [kept[index] for index in share])
     if world_size > 1:
@@ -181,6 +190,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
         Stopped: A signal ended it after a batch; finished cells are kept.
     """
     check_settings(config)
+    if config.backend == "vllm":
+        vllm_backend.check_vllm(config)
     console = Console(highlight=False, markup=False)
     with process_group() as (rank, world_size):
         console.quiet = rank != 0
@@ -233,6 +244,17 @@ def _run_cells(
     console: Console,
 ) -> None:
     """Loads the model on this rank's device, scores the cells and writes each when it is done."""
+    model = load_answering_model(config)
+    with stoppable():
+        for position, cell in enumerate(cells, start=1):
+            label = f"{cell.data.name} seed {cell.seed} ({position}/{len(cells)})"
+            _run_cell(config, model, tokenizer, cell, label, console)
+
+
+def load_answering_model(config: EvaluateConfig) -> PreTrainedModel | vllm_backend.VllmModel:
+    """Loads the checkpoint into the back end that shall answer, on this rank's device."""
+    if config.backend == "vllm":
+        return vllm_backend.VllmModel(config)
     model = load_model(
         config.checkpoint,
         dtype=DTYPES[config.dtype],
@@ -242,15 +264,12 @@ def _run_cells(
     )
     module: torch.nn.Module = model
     module.to(local_device())
-    with stoppable():
-        for position, cell in enumerate(cells, start=1):
-            label = f"{cell.data.name} seed {cell.seed} ({position}/{len(cells)})"
-            _run_cell(config, model, tokenizer, cell, label, console)
+    return model
 
 
 def _run_cell(
     config: EvaluateConfig,
-    model: PreTrainedModel,
+    model: PreTrainedModel | vllm_backend.VllmModel,
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
     label: str,
@@ -263,7 +282,10 @@ def _run_cell(
             advance(count)
             poll(f"answering {label}; finished cells are kept")
 
-        answers = generate_answers(
+        generate: Any = generate_answers
+        if config.backend == "vllm":
+            generate = vllm_backend.generate_answers
+        answers = generate(
             model,
             tokenizer,
             [record.prompt for record in cell.data.records],
@@ -293,7 +315,7 @@ def local_device() -> torch.device:
 def _result(
     config: EvaluateConfig,
     cell: Cell,
-    model: PreTrainedModel,
+    model: PreTrainedModel | vllm_backend.VllmModel,
     samples: Sequence[dict[str, Any]],
     *,
     seconds: float,
