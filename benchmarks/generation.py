@@ -1,7 +1,8 @@
 """Tokens per second of generation: ``python -m benchmarks.generation --help``.
 
-    distilllens    `distilllens.evaluation.generation`: prompts sorted by length, a batch padded to
-                   its longest, every example with its own random numbers
+    distilllens    `distilllens.evaluation.generation`: prompts sorted by length, ended rows leave
+                   the batch and waiting prompts join it, --batch_size rows at most, every example
+                   with its own random numbers
     plain          ``model.generate`` over batches in the file's order, every prompt padded to
                    --max_prompt_length, one random state for all
 

@@ -270,7 +270,10 @@ class SamplingConfig:
     """How a model answers prompts."""
 
     batch_size: int = 8
-    """Records per process and batch."""
+    """Records per process and batch, at most."""
+    batch_tokens: int = 16384
+    """Tokens per process and batch, at most; each record counts as the longest prompt and the
+    longest answer. Too little memory halves it and goes on; answers do not depend on it."""
     do_sample: bool = True
     """Sample; false: greedy."""
     temperature: float = 1.0
@@ -381,6 +384,9 @@ class EvaluateConfig:
     """Precision; auto: that of the checkpoint."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto: what transformers chooses."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What generates; vllm is an extra for GPUs (`bash scripts/setup.sh vllm`): the same settings,
+    other samples."""
     trust_remote_code: bool = False
     """Run the Python code that a model folder brings along. Only with a pinned revision."""
     revision: str | None = None
@@ -755,6 +761,7 @@ def _is_endpoint(address: str | None) -> bool:
 def _sampling_problems(section: str, config: SamplingConfig) -> list[str]:
     rules = {
         f"batch_size={config.batch_size} must be ≥ 1": config.batch_size >= 1,
+        f"batch_tokens={config.batch_tokens} must be ≥ 1": config.batch_tokens >= 1,
         f"temperature={config.temperature} must be > 0": config.temperature > 0,
         f"top_p={config.top_p} must be in (0, 1]": 0 < config.top_p <= 1,
         f"top_k={config.top_k} must be ≥ 0": config.top_k >= 0,

@@ -44,13 +44,13 @@ from distilllens.models import load_model_config, load_teacher, load_tokenizer
 from distilllens.runs import git_commit, shown_command, versions, write_json
 from distilllens.signals import StopRequest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same options would give other answers or other files."""
 SHARD_PROMPTS = 256
 """Prompts of a shard: what a stopped process loses at most."""
 PARTS = "parts"
 """Folder of the finished shards; with them, more prompts or another choice cost only the rest."""
-NOT_IN_THE_KEY = ("batch_size", "keep_truncated", "limit")
+NOT_IN_THE_KEY = ("batch_size", "batch_tokens", "keep_truncated", "limit")
 """Settings that change no answer: they choose among them, or their company."""
 
 

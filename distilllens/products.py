@@ -55,10 +55,20 @@ def accumulate_outer_(total_VD: Tensor, gradient_nV: Tensor, hidden_nD: Tensor) 
         total_VD.addmm_(gradient_nV.to(total_VD.dtype).T, hidden_nD.to(total_VD.dtype))
 
 
+def is_onednns(weight: Tensor) -> bool:
+    """Tells whether products with this weight should go to oneDNN."""
+    is_float32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return is_float32 and torch.backends.mkldnn.is_available()
+
+
+def onednn_linear(rows: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """Returns ``rows @ weight.T + bias`` by oneDNN, ``[…, M]``; float32 on a CPU, no gradients."""
+    # The operator that PyTorch's compiler puts for a linear layer on a CPU.
+    return torch.ops.mkldnn._linear_pointwise(rows, weight_MK, bias_M, "none", [], "")
+
+
 def _rows_times(rows_nK: Tensor, weight_MK: Tensor) -> Tensor:
     """Returns ``rows @ weight.T``, [n, M]."""
-    is_float32 = rows_nK.dtype == weight_MK.dtype == torch.float32
-    if is_float32 and rows_nK.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # The operator that PyTorch's compiler puts for a linear layer on a CPU.
-        return torch.ops.mkldnn._linear_pointwise(rows_nK, weight_MK, None, "none", [], "")
+    if rows_nK.dtype == weight_MK.dtype and is_onednns(weight_MK):
+        return onednn_linear(rows_nK, weight_MK)
     return torch.mm(rows_nK, weight_MK.T)

@@ -62,7 +62,7 @@ def run_harness(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     names = task_names(config)
     check_settings(config)
-    if config.limit is not None and config.limit < 1:
+    if isinstance(config.limit, int) and config.limit < 1:
         raise ConfigError(f"limit={config.limit} must be ≥ 1", fix="leave --limit out for all")
     _check_installed()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -229,7 +229,7 @@ def evaluate_task(
         task_manager=tasks,
         num_fewshot=config.harness_fewshot,
         batch_size=config.eval.batch_size,
-        limit=config.limit,
+        limit=None if config.limit == "all" else config.limit,
         fewshot_random_seed=FEWSHOT_SEED,
         **SEEDS,
     )

@@ -104,7 +104,7 @@ def read_partial(folder: Path, *, identity: Mapping[str, Any], seed: int) -> Par
                     places.add((str(device), str(dtype)))
                 case {"row": int(row), "seconds": int() | float() as spent, "answer": dict(answer)}:
                     if is_ours and answer.keys() == FIELDS:
-                        answers.setdefault(row, Answer(**answer))
+                        answers.setdefault(row, Answer(**answer | {"ids": tuple(answer["ids"])}))
                         seconds += spent
     return PartialAnswers(answers=answers, seconds=seconds, places=tuple(sorted(places)))
 

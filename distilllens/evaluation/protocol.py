@@ -27,6 +27,7 @@ from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.data.progress import track
 from distilllens.data.records import Record
 from distilllens.errors import DistributedError
+from distilllens.evaluation import vllm_backend
 from distilllens.evaluation.finish import finish_cell
 from distilllens.evaluation.generation import Answer, generate_answers
 from distilllens.evaluation.measures import plan_measures, run_measures
@@ -84,7 +85,7 @@ def evaluate_dev_generations(
         max_prompt_length: Longest prompt in tokens.
         rank: This process's rank.
         world_size: Number of processes that share the work.
-        stop: Asked after each batch, by all ranks equally often.
+        stop: Asked each time a batch's number of answers has come, by all ranks equally often.
 
     Raises:
         ConfigError: The longest prompt and its answer exceed the model's context window, or a
@@ -99,11 +100,21 @@ def evaluate_dev_generations(
     if not kept:
         raise no_usable_prompt("the dev set", len(records), max_prompt_length)
     share = range(rank, len(kept), world_size)
+    # All ranks ask as often as the first, whose share is the largest.
+    questions = math.ceil(len(kept) / (world_size * settings.batch_size))
+    answered = asked = 0
 
-    def ask(times: int = 1) -> None:
+    def ask(times: int) -> None:
+        nonlocal asked
         for _ in range(times):
+            asked += 1
             if stop is not None:
                 stop.check("answering dev prompts")
+
+    def count(answers: int) -> None:
+        nonlocal answered
+        answered += answers
+        ask(answered // settings.batch_size - asked)
 
     answers = generate_answers(
         model,
@@ -113,11 +124,9 @@ def evaluate_dev_generations(
         seed=seed,
         max_prompt_length=max_prompt_length,
         indices=share,
-        progress=lambda _: ask(),
+        progress=count,
     )
-    # All ranks ask as often as the first, whose share is the largest.
-    batches = math.ceil(len(share) / settings.batch_size)
-    ask(math.ceil(len(kept) / (world_size * settings.batch_size)) - batches)
+    ask(questions - asked)
     shares: list[Any] = [None] * world_size
     shares[rank] = score_samples(answers, [kept[index] for index in share])
     if world_size > 1:
@@ -147,6 +156,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
         Stopped: A signal ended it after a batch; what is answered is kept.
     """
     check_settings(config)
+    if config.backend == "vllm":
+        vllm_backend.check_vllm(config)
     console = Console(highlight=False, markup=False)
     with process_group() as (rank, world_size):
         console.quiet = rank != 0
@@ -262,7 +273,7 @@ def _run_shares(
     """
     if not shares:
         return {}
-    model = _load_model(config) if any(share.rows for share in shares) else None
+    model = load_answering_model(config) if any(share.rows for share in shares) else None
     pairs = sum(
         len(cells[share.cell].data.records[row].outputs) for share in shares for row in share.rows
     )
@@ -281,7 +292,10 @@ def _run_shares(
     return shared
 
 
-def _load_model(config: EvaluateConfig) -> PreTrainedModel:
+def load_answering_model(config: EvaluateConfig) -> PreTrainedModel | vllm_backend.VllmModel:
+    """Loads the checkpoint into the back end that shall answer, on this rank's device."""
+    if config.backend == "vllm":
+        return vllm_backend.VllmModel(config)
     model = load_model(
         config.checkpoint,
         dtype=DTYPES[config.dtype],
@@ -296,7 +310,7 @@ def _load_model(config: EvaluateConfig) -> PreTrainedModel:
 
 def _answer_share(
     config: EvaluateConfig,
-    model: PreTrainedModel,
+    model: PreTrainedModel | vllm_backend.VllmModel,
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
     share: Share,
@@ -326,7 +340,10 @@ def _answer_share(
             advance(count)
             poll(f"answering {label}; what is answered is kept")
 
-        generate_answers(
+        generate: Any = generate_answers
+        if config.backend == "vllm":
+            generate = vllm_backend.generate_answers
+        generate(
             model,
             tokenizer,
             [records[row].prompt for row in share.rows],

@@ -20,6 +20,9 @@ from distilllens.data.records import Record
 PACKAGES = ("distilllens", "torch", "transformers", "tokenizers", "rouge-score", "rapidfuzz")
 """Packages whose versions stand in every results.json."""
 
+SAMPLER = 2
+"""Raised whenever a seed gives other samples; 1: one random number for each token."""
+
 SAMPLED_BLOCKS, BLOCK_BYTES = 256, 4096
 """Of each file of weights, 256 blocks of 4 KiB at equal distances enter the fingerprint."""
 
@@ -43,6 +46,8 @@ def identity(
         "max_prompt_length": config.max_prompt_length,
         "dtype": config.dtype,
         "attention": config.attention,
+        "backend": config.backend,
+        "sampler": SAMPLER,
         "eval.do_sample": settings.do_sample,
         "eval.temperature": settings.temperature,
         "eval.top_p": settings.top_p,

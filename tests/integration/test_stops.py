@@ -142,9 +142,9 @@ def test_a_stopped_evaluation_keeps_finished_cells_and_goes_on(
     flags += ["--eval.seeds", "[1, 2]"]
     assert evaluate.main([*flags, "--output_dir", f"{root}/straight"]) == 0
     with monkeypatch.context() as patch:
-        calls = signal_in_call(4, signal.SIGTERM, patch, generation, "_generate_batch")
+        calls = signal_in_call(12, signal.SIGTERM, patch, generation, "decode_answer")
         assert evaluate.main([*flags, "--output_dir", f"{root}/out"]) == 143
-    assert len(calls) == 4  # 3 batches in each of the 2 cells
+    assert len(calls) == 12  # 10 answers in each of the 2 cells
     error = capsys.readouterr().err
     assert "SIGTERM: stopped while answering toy seed 2 (2/2); what is answered is kept" in error
     assert [path.parent.parent.name for path in root.glob("out/*/*/results.json")] == ["seed1"]
@@ -171,11 +171,11 @@ def dev_generations(root: Path, stop: StopRequest, *, rank: int = 0, world_size:
 def test_generation_in_training_ends_after_the_batch(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = signal_in_call(2, signal.SIGTERM, monkeypatch, generation, "_generate_batch")
+    calls = signal_in_call(3, signal.SIGTERM, monkeypatch, generation, "decode_answer")
     stop = StopRequest()
     with stop.listening(), pytest.raises(Stopped, match="stopped while answering dev prompts"):
         dev_generations(workspace.root, stop)
-    assert len(calls) == 2  # of 3
+    assert len(calls) == 4  # of 5; asked after every second one
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -273,11 +273,13 @@ def test_sigterm_in_the_dev_evaluation_ends_within_a_batch_and_loses_no_metrics(
     flags += ["--eval.max_new_tokens", "4", "--data.max_prompt_length", "110"]
     flags += ["--eval.metric", "rougeL" if generated else "loss"]
     assert train.main(workspace.flags(*flags, out="straight")) == 0
-    place = (generation, "_generate_batch") if generated else (trainer, "collate_columns")
+    place = (generation, "decode_answer") if generated else (trainer, "collate_columns")
+    # 12 answers, or 3 batches, in each evaluation: after the second batch of the last.
+    count = 12 * (step // 2) - 2 if generated else 3 * (step // 2) - 1
     with monkeypatch.context() as patch:
-        calls = signal_in_call(3 * (step // 2) - 1, signal.SIGTERM, patch, *place)
+        calls = signal_in_call(count, signal.SIGTERM, patch, *place)
         assert train.main(workspace.flags(*flags)) == 143
-    assert len(calls) == 3 * (step // 2) - 1
+    assert len(calls) == count
     assert f"SIGTERM: saved step {step}" in capsys.readouterr().err
     assert train.main(workspace.flags(*flags)) == 0
     told = []
@@ -508,20 +510,20 @@ def as_rank(rank: int, port: int, folder: str) -> None:
         stop.saved(1)
         torch.distributed.barrier()
         found["file gone"] = not (root / "save.now").exists()
-        real, batches = generation._generate_batch, []
+        real, answers = generation.decode_answer, []
 
-        def generate(*arguments: Any, **options: Any) -> Any:
-            batches.append(1)
-            if rank == 0 and len(batches) == 2:
+        def decode(*arguments: Any, **options: Any) -> Any:
+            answers.append(1)
+            if rank == 0 and len(answers) == 3:
                 signal.raise_signal(signal.SIGTERM)
             return real(*arguments, **options)
 
-        generation._generate_batch = generate
+        generation.decode_answer = decode
         try:
             dev_generations(root, stop, rank=rank, world_size=2)
         except Stopped as error:
             found["stopped"] = error.exit_code
-        found["batches"] = len(batches)
+        found["answers"] = len(answers)
     (root / f"found{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -547,7 +549,7 @@ def test_two_processes_agree_when_one_is_asked(workspace: Workspace) -> None:
         json.loads((workspace.root / f"found{rank}.json").read_text()) for rank in range(2)
     )
     # 5 records in batches of 2: process 0 has 2 batches, process 1 has one and still learns.
-    assert (first.pop("batches"), second.pop("batches")) == (2, 1)
+    assert (first.pop("answers"), second.pop("answers")) == (3, 2)
     assert (
         first
         == second

@@ -11,10 +11,17 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from distilllens.config import EvalConfig
 from distilllens.errors import ConfigError, NumericsError
-from distilllens.evaluation.generation import Answer, cut_at_eos, generate_answers
+from distilllens.evaluation.fast_linear import fast_linears
+from distilllens.evaluation.generation import (
+    Answer,
+    cut_at_eos,
+    decode_answer,
+    generate_answers,
+)
 
 Factory = Callable[..., PreTrainedModel]
 
@@ -175,28 +182,15 @@ def test_cut_at_eos(ids: list[int], expected: tuple[list[int], bool]) -> None:
     assert cut_at_eos(ids, 0) == expected
 
 
-class Scripted(torch.nn.Module):
-    """Stands in for a model: ``generate`` returns the prompt and the given tokens."""
-
-    def __init__(self, new_ids: list[list[int]], config: Any) -> None:
-        super().__init__()
-        self.config, self.generation_config = config, GenerationConfig()
-        self.device = torch.device("cpu")
-        self._new_ids = torch.tensor(new_ids)
-
-    def generate(self, *, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.cat([input_ids, self._new_ids], dim=1)
-
-
-def test_text_after_eos_never_leaks(gpt2: Any, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_after_eos_never_leaks(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     yes, leak = (tiny_tokenizer(text)["input_ids"] for text in ("yes", "leak"))
-    length = len(yes) + 1 + len(leak)
-    rows = [[*yes, 0, *leak], [*leak, *yes, 0][:length], [0] * length]
-    model: Any = Scripted(rows, gpt2.config)
-    found = answers(model, tiny_tokenizer, GREEDY, prompts=["aaa", "bb", "c"])
-    assert [answer.text for answer in found] == ["yes", "leakyes", ""]
-    assert [answer.num_tokens for answer in found] == [len(yes), len(leak) + len(yes), 0]
-    assert not any(answer.truncated for answer in found)
+    found = [
+        decode_answer(tiny_tokenizer, ids, 0)
+        for ids in ([*yes, 0, *leak], [*leak, *yes, 0], [0, *yes], [*yes])
+    ]
+    assert [answer.text for answer in found] == ["yes", "leakyes", "", "yes"]
+    assert [answer.num_tokens for answer in found] == [*map(len, (yes, leak + yes, [], yes))]
+    assert [answer.truncated for answer in found] == [False, False, False, True]
 
 
 def test_answers_that_end_by_length_are_truncated_and_others_are_not(
@@ -268,16 +262,66 @@ def test_progress_counts_every_answer(
     gpt2: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     seen: list[int] = []
-    generate_answers(
+    told: list[tuple[int, Answer]] = []
+    found = generate_answers(
         gpt2,
         tiny_tokenizer,
         PROMPTS,
         settings=GREEDY,
         seed=1,
         max_prompt_length=100,
+        indices=range(50, 60),
         progress=seen.append,
+        on_answer=lambda place, answer: told.append((place, answer)),
     )
-    assert seen == [8, 2]
+    assert sum(seen) == len(PROMPTS)
+    assert sorted(place for place, _ in told) == list(range(len(PROMPTS)))
+    assert all(found[place] == answer for place, answer in told)
+
+
+def test_an_answer_is_handed_over_before_longer_ones_end(
+    tiny_gpt2: Factory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    told: list[Answer] = []
+    generate_answers(
+        tiny_gpt2(),  # weights near zero: answers end by chance
+        tiny_tokenizer,
+        PROMPTS[1:] * 5,
+        settings=replace(SAMPLED, max_new_tokens=60, batch_size=64),
+        seed=10,
+        max_prompt_length=100,
+        on_answer=lambda _, answer: told.append(answer),
+    )
+    steps = [answer.num_tokens + (not answer.truncated) for answer in told]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1] == 60
+
+
+def test_a_model_in_training_can_go_on_training(
+    tiny_gpt2: Factory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model: Any = tiny_gpt2().train()
+    forwards = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    answers(model, tiny_tokenizer, SAMPLED, prompts=["a"])
+    assert model.training
+    assert {name: vars(module).get("forward") for name, module in model.named_modules()} == forwards
+    ids = torch.tensor([tiny_tokenizer("one two three")["input_ids"]])
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_linear_layers_by_onednn_give_the_same_logits(
+    model: Any, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = torch.tensor([tiny_tokenizer(PROMPTS[0])["input_ids"]])
+    layers = {type(module) for module in model.modules()} & {torch.nn.Linear, Conv1D}
+    with torch.no_grad():
+        expected = model(ids).logits
+        with fast_linears(model):
+            changed = {type(module) for module in model.modules() if "forward" in vars(module)}
+            found = model(ids).logits
+    assert changed == (layers if torch.backends.mkldnn.is_available() else set())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_context_window_is_respected(

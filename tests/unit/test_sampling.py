@@ -10,16 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import NoRepeatNGramLogitsProcessor
+from transformers import NoRepeatNGramLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from distilllens.config import EvalConfig
 from distilllens.evaluation.sampling import (
-    ExampleSampler,
-    KnownTokensOnly,
-    NonFiniteWatch,
     NoRepeatNgrams,
-    build_processors,
+    RowNoise,
+    RowRules,
+    TokenChooser,
     example_seed,
+    keep_top_k,
+    keep_top_p,
+    noise_width,
+    race,
 )
 
 CPU = torch.device("cpu")
@@ -37,19 +40,9 @@ def chi_square_p_value(counts: Tensor, probs: Tensor) -> float:
 
 def draw(logits_V: Tensor, num_rows: int, num_steps: int, settings: EvalConfig = DEFAULT) -> Tensor:
     """Returns tokens [num_rows, num_steps], each row with its own seed."""
-    processors, _ = build_processors(
-        settings,
-        prompt_ids=[[0]] * num_rows,
-        seeds=[example_seed(10, row) for row in range(num_rows)],
-        num_tokens=len(logits_V),
-        device=CPU,
-    )
-    steps = []
-    for _ in range(num_steps):
-        scores_BV: Any = logits_V.repeat(num_rows, 1)
-        for processor in processors:
-            scores_BV = processor(EMPTY, scores_BV)
-        steps.append(scores_BV.argmax(dim=-1))
+    chooser = TokenChooser(settings, num_tokens=len(logits_V), device=CPU)
+    rows = [RowRules(settings, [0], example_seed(10, row)) for row in range(num_rows)]
+    steps = [chooser.choose(logits_V.repeat(num_rows, 1), rows) for _ in range(num_steps)]
     return torch.stack(steps, dim=1)
 
 
@@ -100,11 +93,56 @@ def test_a_flat_large_vocabulary_is_fully_reached_and_forbidden_tokens_never() -
 
 
 def test_a_row_draws_the_same_in_any_batch() -> None:
-    scores_BV = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    together = ExampleSampler([1, 2, 3, 4, 5, 6], CPU)(EMPTY, scores_BV)
-    alone = ExampleSampler([4], CPU)(EMPTY, scores_BV[3:4])
-    assert torch.equal(together[3:4], alone)
-    assert not torch.equal(together[0], together[1])
+    logits_BV = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+
+    def draws(places: list[int]) -> Tensor:
+        chooser = TokenChooser(DEFAULT, num_tokens=50, device=CPU)
+        rows = [RowRules(DEFAULT, [0], place) for place in places]
+        return torch.stack([chooser.choose(logits_BV[places], rows) for _ in range(40)], dim=1)
+
+    together = draws([0, 1, 2, 3, 4, 5])
+    assert torch.equal(together[[3]], draws([3]))
+    assert torch.equal(together[[5, 1]], draws([5, 1]))
+    assert not torch.equal(draws([0, 0])[0], draws([0, 1])[1])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 8, 9, 10, 17, 1000, 50_257])
+def test_both_stages_of_the_race_reach_every_token(vocabulary: int) -> None:
+    """A token of all the weight wins whatever the noise; so does the last of an uneven block."""
+    for token in {0, vocabulary // 2, vocabulary - 1}:
+        weights = torch.zeros(1, vocabulary)
+        weights[0, token] = 1e-30
+        noise = torch.rand(1, noise_width(vocabulary)) + 1e-6
+        assert race(weights, noise).tolist() == [token]
+
+
+def test_the_race_needs_few_random_numbers() -> None:
+    assert noise_width(49_152) < 450
+    assert noise_width(151_665) < 800
+
+
+def test_noise_is_exponential_and_goes_on_where_it_was() -> None:
+    noise = RowNoise(7)
+    values = torch.cat([noise.draw(500) for _ in range(100)])
+    assert values.min() > 0
+    bounds = -torch.log1p(-torch.arange(1, 10) / 10)  # deciles of Exp(1)
+    counts = torch.bincount(torch.bucketize(values, bounds), minlength=10)
+    assert chi_square_p_value(counts, torch.full((10,), 0.1)) > 1e-3
+    again = RowNoise(7)
+    assert torch.equal(torch.cat([again.draw(500) for _ in range(100)]), values)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 400), st.floats(0.05, 0.99))
+@settings(max_examples=50)
+def test_top_k_and_top_p_keep_what_transformers_keeps(seed: int, k: int, p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits: Any = torch.randn(3, 400, generator=generator) * (1 + seed % 4)
+    weights = logits.softmax(-1)
+    expected_k = TopKLogitsWarper(k)(EMPTY, logits.clone()).isfinite()
+    assert torch.equal(keep_top_k(weights, k) > 0, expected_k)
+    kept = keep_top_p(weights, p)
+    assert torch.equal(kept > 0, TopPLogitsWarper(p)(EMPTY, logits.clone()).isfinite())
+    assert torch.equal(kept[kept > 0], weights[kept > 0])
 
 
 def test_example_seeds_are_distinct_for_neighbours() -> None:
@@ -119,45 +157,58 @@ def test_example_seeds_are_distinct_for_neighbours() -> None:
 )
 @settings(max_examples=200)
 def test_ngram_rule_equals_the_library(size: int, prompt: list[int], answer: list[int]) -> None:
-    ours, theirs = NoRepeatNgrams(size, [prompt]), NoRepeatNGramLogitsProcessor(size)
-    scores: Any = torch.zeros(1, 4)
+    ours, theirs = NoRepeatNgrams(size, prompt), NoRepeatNGramLogitsProcessor(size)
     for end in range(len(answer) + 1):
         ids: Any = torch.tensor([prompt + answer[:end]])
-        assert torch.equal(ours(ids, scores), theirs(ids, scores.clone()))
+        scores: Any = torch.zeros(1, 4)
+        assert set(ours.banned()) == set(theirs(ids, scores)[0].isinf().nonzero()[:, 0].tolist())
+        ours.append(answer[end] if end < len(answer) else 0)
 
 
-def test_ngram_rule_ignores_the_padding() -> None:
-    # Row 0 is padded with three 7s; were they text, "7 7 → 7" would be forbidden after "7 7".
-    processor = NoRepeatNgrams(3, [[7, 7], [1, 2, 3, 1, 2]])
-    scores = processor(torch.tensor([[7, 7, 7, 7, 7], [1, 2, 3, 1, 2]]), torch.zeros(2, 9))
-    assert scores[0].isfinite().all()
-    assert scores[1].isinf().nonzero().flatten().tolist() == [3]
+def test_forbidden_ngrams_are_never_chosen() -> None:
+    greedy = EvalConfig(do_sample=False, no_repeat_ngram_size=3)
+    rows = [RowRules(greedy, prompt, 0) for prompt in ([7, 7], [1, 2, 3, 1, 2])]
+    chooser = TokenChooser(greedy, num_tokens=9, device=CPU)
+    logits = torch.zeros(2, 9)
+    logits[:, 3] = 1.0
+    assert chooser.choose(logits, rows).tolist() == [3, 0]  # the second row has said 1 2 3
 
 
 def test_ngram_size_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="n-gram size 0"):
-        NoRepeatNgrams(0, [[1]])
+        NoRepeatNgrams(0, [1])
 
 
+def chosen(logits: Tensor, num_tokens: int, config: EvalConfig) -> tuple[list[int], bool]:
+    """Returns one choice for each row, and whether something was not finite."""
+    chooser = TokenChooser(config, num_tokens=num_tokens, device=CPU)
+    rows = [RowRules(config, [0], seed) for seed in range(len(logits))]
+    tokens = chooser.choose(logits, rows).tolist()
+    chooser.choose(torch.zeros(len(logits), num_tokens), rows)  # what has been seen stays seen
+    return tokens, chooser.has_seen_non_finite()
+
+
+GREEDY = replace(DEFAULT, do_sample=False)
+
+
+@pytest.mark.parametrize("config", [DEFAULT, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_watch_sees_what_is_not_finite(bad: float) -> None:
-    watch = NonFiniteWatch(CPU)
-    scores = torch.zeros(2, 3)
-    scores[0, 0] = -torch.inf  # one forbidden token is fine
-    watch(EMPTY, scores)
-    assert not watch.has_seen()
-    scores[1, 2] = bad
-    watch(EMPTY, scores)
-    watch(EMPTY, torch.zeros(2, 3))
-    assert watch.has_seen()
+def test_what_is_not_finite_is_seen(bad: float, config: EvalConfig) -> None:
+    logits = torch.zeros(2, 3)
+    logits[0, 0] = -torch.inf  # one forbidden token is fine
+    assert not chosen(logits.clone(), 3, config)[1]
+    logits[1, 2] = bad
+    assert chosen(logits, 3, config)[1]
 
 
-def test_watch_sees_a_row_without_any_token() -> None:
-    watch = NonFiniteWatch(CPU)
-    watch(EMPTY, torch.full((1, 3), -torch.inf))
-    assert watch.has_seen()
+def test_a_row_without_any_token_is_seen() -> None:
+    tokens, is_seen = chosen(torch.full((1, 3), -torch.inf), 3, DEFAULT)
+    assert is_seen
+    assert 0 <= tokens[0] < 3
 
 
-def test_rows_of_the_head_without_a_token_are_never_drawn() -> None:
-    scores = KnownTokensOnly(3)(EMPTY, torch.zeros(2, 5))
-    assert scores.isinf().tolist() == [[False, False, False, True, True]] * 2
+@pytest.mark.parametrize("config", [DEFAULT, GREEDY], ids=["sampled", "greedy"])
+def test_rows_of_the_head_without_a_token_are_never_drawn(config: EvalConfig) -> None:
+    logits = torch.zeros(50, 5)
+    logits[:, 3:] = 9.0
+    assert max(chosen(logits, 3, config)[0]) < 3
