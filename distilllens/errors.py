@@ -26,10 +26,16 @@ def is_first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def leave_code(code: int) -> int:
-    """Writes the exit code where a machine's launch script looks for it, on its first process."""
-    if (path := os.environ.get(CODE_FILE)) and is_first_here():
-        Path(path).write_text(str(code), encoding="utf-8")
+def leave_code(code: int, *, alone: bool = False) -> int:
+    """Writes the exit code where a machine's launch script looks for it.
+
+    The first process of a machine does, and one that failed ``alone``: what ends the others is no
+    more than its consequence, so the code that stands there first stays.
+    """
+    if (path := os.environ.get(CODE_FILE)) and (alone or is_first_here()):
+        file = Path(path)
+        if not file.is_file() or not file.read_text(encoding="utf-8").strip():
+            file.write_text(str(code), encoding="utf-8")
     return code
 
 
@@ -134,4 +140,4 @@ def end_command(error: Exception | KeyboardInterrupt, *, debug: bool, interrupte
     told = as_user_error(error)
     if not told.everywhere or is_first_here():
         print(told.format(), file=sys.stderr, flush=True)
-    return leave_code(told.exit_code)
+    return leave_code(told.exit_code, alone=not told.everywhere)

@@ -37,6 +37,7 @@ from distilllens.evaluation.generation import check_context_window, generate_ans
 from distilllens.evaluation.protocol import DTYPES, local_device, process_group
 from distilllens.evaluation.provenance import checkpoint_fingerprint, differences
 from distilllens.evaluation.sampling import example_seed
+from distilllens.evaluation.shares import own_share
 from distilllens.families import base_model
 from distilllens.libraries import quiet_libraries
 from distilllens.manifest import HashedFile, sync
@@ -140,7 +141,8 @@ def generate(config: TrainConfig, stop: StopRequest) -> None:
     if distributed.is_main():
         open_folder(job.folder)
     if own := job.missing[distributed.rank() :: distributed.world_size()]:
-        answer_shards(job, own, stop, console)
+        with own_share():
+            answer_shards(job, own, stop, console)
     _wait(stop)
     if distributed.is_main():
         console.print(describe(finish(job), job.folder), markup=False)
@@ -347,7 +349,13 @@ def answer_shard(
         for sample in range(settings.samples)
     ]
     return [
-        {"index": prompt.place, "sample": sample, **dataclasses.asdict(answer)}
+        {
+            "index": prompt.place,
+            "sample": sample,
+            "text": answer.text,
+            "num_tokens": answer.num_tokens,
+            "truncated": answer.truncated,
+        }
         for prompt, answers in zip(prompts, zip(*columns, strict=True), strict=True)
         for sample, answer in enumerate(answers)
     ]

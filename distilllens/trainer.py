@@ -34,6 +34,7 @@ from distilllens.data.encode import tokenizer_fingerprint
 from distilllens.data.records import Record, read_records
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import CheckpointError, UserError
+from distilllens.evaluation.plan import no_usable_prompt
 from distilllens.evaluation.prompts import fit_prompts
 from distilllens.evaluation.protocol import evaluate_dev_generations
 from distilllens.families import base_model
@@ -449,6 +450,9 @@ class Trainer:
                 f"dev prompts over {data.max_prompt_length} tokens: {len(fitted.cut)} cut in the "
                 f"middle, {fitted.num_dropped} dropped, before they are answered"
             )
+        if not fitted.records:
+            num_records = len(file.records[: settings.dev_size])
+            raise no_usable_prompt("the dev set", num_records, data.max_prompt_length)
         return fitted.records
 
     def _dev_generations(self) -> dict[str, float]:

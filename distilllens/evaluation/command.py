@@ -9,7 +9,7 @@ from distilllens.config import load_evaluate_config
 from distilllens.errors import EXIT_OK, end_command
 from distilllens.evaluation.harness import run_harness
 from distilllens.evaluation.protocol import evaluate_checkpoint
-from distilllens.signals import steady_screen
+from distilllens.signals import Stopped, steady_screen
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
@@ -20,12 +20,17 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
+    goes_on = "the same command goes on with what is not finished"
     try:
         config = load_evaluate_config(arguments)
         run = evaluate_checkpoint if config.harness is None else run_harness
         run(config)
     except (Exception, KeyboardInterrupt) as error:
+        overwrites = any(argument.startswith("--overwrite") for argument in arguments)
+        if overwrites:
+            goes_on = goes_on.replace("command", "command without --overwrite")
+        if isinstance(error, Stopped) and overwrites:
+            error.fix = goes_on
         debug = any(argument.startswith("--debug") for argument in arguments)
-        goes_on = "the same command goes on with what is not finished"
         return end_command(error, debug=debug, interrupted=goes_on)
     return EXIT_OK

@@ -91,7 +91,7 @@ class Decoder:
             ConfigError: Not even one row fits into the device's memory.
             NumericsError: The model's logits are not finite.
         """
-        self._waiting = deque(sorted(requests, key=lambda request: -len(request.prompt_ids)))
+        self._waiting = longest_first(requests)
         if not self._waiting:
             return
         self._longest = len(self._waiting[0].prompt_ids) + self._settings.max_new_tokens
@@ -112,23 +112,23 @@ class Decoder:
 
     def _start_smaller(self, reason: str) -> None:
         """Puts the rows in work back and halves the batch; answers do not depend on that."""
-        count = len(self._rows)
-        self._waiting.extendleft(row.request for row in reversed(self._rows))
+        in_work = [row.request for row in self._rows]  # in no order: ended rows left holes
+        self._waiting = longest_first([*in_work, *self._waiting])
         self._rows = []
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if count <= 1:
+        if self._num_rows <= 1:  # the cache has room for so many, however few are left
             raise ConfigError(
                 f"not even one row of {self._longest} tokens fits into the device's memory",
                 why=reason,
                 fix="a smaller dtype, fewer max_new_tokens, or a larger device",
             )
-        tokens = count * self._longest // 2
+        tokens = self._num_rows * self._longest // 2
         logger.warning(
             "out of memory with %d rows of up to %d tokens: going on with %d tokens in a batch "
             "(batch_size or batch_tokens say so from the start; answers stay the same)",
-            *(count, self._longest, tokens),
+            *(self._num_rows, self._longest, tokens),
         )
         self._limit_rows(tokens)
 
@@ -234,6 +234,11 @@ class Decoder:
             end = ids.index(self._eos_id) + 1 if self._eos_id in ids else len(ids)
             self._on_end(row.request.place, ids[:end])
         self._rows = []
+
+
+def longest_first(requests: Iterable[Request]) -> deque[Request]:
+    """Returns requests in the order in which rows must come: none is longer than one before."""
+    return deque(sorted(requests, key=lambda request: -len(request.prompt_ids)))
 
 
 class ChoiceProcessor(LogitsProcessor):

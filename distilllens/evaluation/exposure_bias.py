@@ -104,8 +104,7 @@ def measure_exposure_bias(
                 student,
                 teacher,
                 texts,
-                longest=settings.max_new_tokens,
-                batch_size=settings.batch_size,
+                settings=settings,
                 advance=advance,
             )
         )
@@ -123,13 +122,19 @@ def _step_errors(
     teacher: TokenScorer,
     texts: Sequence[TokenText],
     *,
-    longest: int,
-    batch_size: int,
+    settings: SamplingConfig,
     advance: Callable[[int], None],
 ) -> NDArray[np.float64]:
     """Returns KL(teacher‖student) in nats, [P, L]: 0 where an answer has ended."""
-    errors_PL = torch.zeros(len(texts), longest, dtype=torch.float64, device=student.model.device)
-    for chunk in score_texts([student, teacher], texts, batch_size=batch_size, advance=advance):
+    shape, device = (len(texts), settings.max_new_tokens), student.model.device
+    errors_PL = torch.zeros(shape, dtype=torch.float64, device=device)
+    for chunk in score_texts(
+        [student, teacher],
+        texts,
+        batch_size=settings.batch_size,
+        batch_tokens=settings.batch_tokens,
+        advance=advance,
+    ):
         log_q, log_p = chunk.log_probs_nV
         errors_PL[chunk.texts_n, chunk.positions_n] = forward_kl(log_p, log_q).double()
     return errors_PL.cpu().numpy()

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +32,7 @@ from distilllens.evaluation.generation import check_context_window
 from distilllens.evaluation.plan import Cell
 from distilllens.evaluation.provenance import checkpoint_fingerprint
 from distilllens.evaluation.results import read_result, read_samples, write_cell, write_result
+from distilllens.evaluation.shares import on_all_ranks, own_share
 from distilllens.evaluation.similarity import (
     SentenceModel,
     check_sentence_model,
@@ -266,7 +266,7 @@ def run_measures(
     def share(jobs: Sequence[Job]) -> list[Job]:
         return [job for job in jobs if not job.is_finished][rank::world_size]
 
-    with stoppable():
+    with stoppable(), own_share():
         if similarity := share(measures.similarity):
             _run_similarity(config, similarity, console, device)
         token, exposure = share(measures.token_metrics), share(measures.exposure_bias)
@@ -277,8 +277,7 @@ def run_measures(
             for job in exposure:
                 assert teacher is not None
                 _run_exposure_bias(config, job, tokenizer, student, teacher, console)
-    if world_size > 1:
-        dist.barrier()
+    on_all_ranks(lambda: None)
     if rank == 0:
         _join(measures)
 
@@ -367,6 +366,7 @@ def _run_token_metrics(
             references.texts,
             teacher=teacher,
             batch_size=config.eval.batch_size,
+            batch_tokens=config.eval.batch_tokens,
             advance=advance,
         )
     counts = {
@@ -424,21 +424,30 @@ def _origin(config: EvaluateConfig, job: Job) -> dict[str, Any]:
 
 def _join(measures: Measures) -> None:
     """Adds the numbers of the measures' files to the metrics of the cells' results.json."""
-    by_set = {job.cell.data.name: _metrics(job.file) for job in measures.token_metrics}
-    by_cell = {job.cell.folder: _metrics(job.file) for job in measures.exposure_bias}
+    by_set = {job.cell.data.name: job for job in measures.token_metrics}
+    by_cell = {job.cell.folder: job for job in measures.exposure_bias}
     for cell in measures.cells:
-        new = {**by_set.get(cell.data.name, {}), **by_cell.get(cell.folder, {})}
-        if not new:
+        asked = {
+            TOKEN_FOLDER: by_set.get(cell.data.name),
+            "exposure_bias": by_cell.get(cell.folder),
+        }
+        jobs = {measure: job for measure, job in asked.items() if job is not None}
+        if not jobs:
             continue
         file = cell.folder / "results.json"
         result = read_result(file)
-        kept = {name: value for name, value in result["metrics"].items() if name not in new}
-        # What cannot be said (see exposure_bias's reason) is left out: tables read numbers only.
-        metrics = {**kept, **{name: value for name, value in new.items() if value is not None}}
-        if metrics != result["metrics"]:
-            write_result(file, {**result, "metrics": metrics})
-
-
-def _metrics(file: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = read_result(file)["metrics"]
-    return metrics
+        metrics, joined = dict(result["metrics"]), dict(result.get("measures", {}))
+        teachers = {job.identity.get("teacher") for job in jobs.values()} - {None}
+        for measure, of in list(joined.items()):
+            # Made anew; or of another teacher, whose numbers must not stand beside this one's.
+            if measure in jobs or (teachers and of["teacher"] not in (None, *teachers)):
+                for name in joined.pop(measure)["metrics"]:
+                    metrics.pop(name, None)
+        for measure, job in jobs.items():
+            # What cannot be said (see exposure_bias's reason) is left out: tables read numbers.
+            found = read_result(job.file)["metrics"]
+            new = {name: value for name, value in found.items() if value is not None}
+            metrics |= new
+            joined[measure] = {"teacher": job.identity.get("teacher"), "metrics": sorted(new)}
+        if (metrics, joined) != (result["metrics"], result.get("measures")):
+            write_result(file, {**result, "metrics": metrics, "measures": joined})

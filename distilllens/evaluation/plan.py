@@ -160,7 +160,8 @@ def find_missing(cells: Sequence[Cell], *, overwrite: bool) -> list[list[int] | 
     """Returns each cell's rows without an answer, None of a finished cell; one process calls it.
 
     What nobody needs any more is removed: files that a kill left half written, and the partial
-    files of finished cells, with ``overwrite`` of all.
+    files of finished cells; with ``overwrite`` those of all, and their results, so that a stopped
+    command goes on without it.
 
     Raises:
         ConfigError: Partial answers belong to another evaluation.
@@ -170,6 +171,8 @@ def find_missing(cells: Sequence[Cell], *, overwrite: bool) -> list[list[int] | 
         remove_leftovers(cell.folder)
         if cell.is_finished or overwrite:
             remove_partial(cell.folder)
+        if overwrite:
+            (cell.folder / "results.json").unlink(missing_ok=True)
         there = read_partial(cell.folder, identity=cell.identity, seed=cell.seed).answers
         rows = [row for row in range(len(cell.data.records)) if row not in there]
         missing.append(None if cell.is_finished else rows)

@@ -26,7 +26,6 @@ from distilllens import distributed
 from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.data.progress import track
 from distilllens.data.records import Record
-from distilllens.errors import DistributedError
 from distilllens.evaluation import vllm_backend
 from distilllens.evaluation.finish import finish_cell
 from distilllens.evaluation.generation import Answer, generate_answers
@@ -46,7 +45,7 @@ from distilllens.evaluation.prompts import fit_prompts
 from distilllens.evaluation.provenance import method_name
 from distilllens.evaluation.results import build_table, check_writable, read_result
 from distilllens.evaluation.scoring import Score, Scorer, compute_metrics, score_samples
-from distilllens.evaluation.shares import Share, deal
+from distilllens.evaluation.shares import Share, deal, on_all_ranks, own_share
 from distilllens.lock import locked
 from distilllens.models import load_model, load_tokenizer
 from distilllens.signals import StopRequest, poll, stoppable
@@ -171,6 +170,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
             _print_plan(console, config, cells)
             plan_measures(config, tokenizer, cells, console)
             return []
+        # What cannot be measured is told before anything is made; planned again under the lock.
+        plan_measures(config, tokenizer, plan_cells(config, sets), Console(quiet=True))
         folder = Path(config.output_dir)
         check_writable(folder)
         with locked(folder / "evaluate.lock", "--output_dir") as note, stoppable():
@@ -180,7 +181,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
             _print_plan(console, config, cells)
             measures = plan_measures(config, tokenizer, cells, console)
             _answer_and_score(config, tokenizer, cells, console)
-            distributed.barrier()
+            on_all_ranks(lambda: None)
             run_measures(
                 measures,
                 config,
@@ -234,29 +235,14 @@ def _answer_and_score(
     if there := sum(len(cell.data.records) - len(rows) for cell, rows in open_cells):
         console.print(f"{there:,} answers of unfinished cells are there already", soft_wrap=True)
     shares = deal(missing, distributed.world_size())[distributed.rank()]
-    scores = _run_shares(config, tokenizer, cells, shares, console)
-    for number, known in _gather(scores).items():
-        if distributed.is_main():
-            finish_cell(config, cells[number], known, console)
-
-
-def _gather(scores: dict[int, dict[int, Score]]) -> dict[int, dict[int, Score]]:
-    """Waits for all ranks; returns the scores of cells that they shared, by cell and row.
-
-    Raises:
-        Stopped: A signal came; another rank may have left by it already.
-        DistributedError: Another rank has left.
-    """
-    try:
-        hands = distributed.together(lambda: scores)
-    except DistributedError:
-        poll("waiting for the other processes; what is answered is kept")
-        raise
-    merged: dict[int, dict[int, Score]] = {}
-    for hand in hands:
+    with own_share():
+        own = _run_shares(config, tokenizer, cells, shares, console)
+    scores: dict[int, dict[int, Score]] = {}
+    for hand in on_all_ranks(lambda: own):
         for number, known in hand.items():
-            merged.setdefault(number, {}).update(known)
-    return dict(sorted(merged.items()))
+            scores.setdefault(number, {}).update(known)
+    for number, known in sorted(scores.items()) if distributed.is_main() else ():
+        finish_cell(config, cells[number], known, console)
 
 
 def _run_shares(
@@ -373,6 +359,8 @@ def process_group() -> Iterator[tuple[int, int]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())  # kernels of some models start on the current one
     is_mine = not dist.is_initialized()
     if is_mine:
         dist.init_process_group("gloo", timeout=timedelta(days=7))

@@ -7,8 +7,16 @@ rank answers and writes nearly all of its cells alone, in full batches, and wait
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
+
+from distilllens import distributed
+from distilllens.errors import DistributedError, UserError
+from distilllens.signals import Stopped, poll
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +29,31 @@ class Share:
     """Rows of its set; none, where all are answered and only the results are missing."""
     is_whole: bool
     """Nobody else answers rows of the cell: its results can be written when these are done."""
+
+
+@contextmanager
+def own_share() -> Iterator[None]:
+    """Marks an error in it as one of this rank alone, whose rows nobody else has: it tells it."""
+    try:
+        yield
+    except UserError as error:
+        if distributed.world_size() > 1 and not isinstance(error, Stopped):
+            error.everywhere = False
+        raise
+
+
+def on_all_ranks(work: Callable[[], Result]) -> list[Result]:
+    """Does ``work`` on every rank, waits for all of them, and returns the results by rank.
+
+    Raises:
+        Stopped: A signal came; another rank may have left by it already.
+        DistributedError: Another rank has left.
+    """
+    try:
+        return distributed.together(work)
+    except DistributedError:
+        poll("waiting for the other processes; what is finished is kept")
+        raise
 
 
 def deal(missing: Sequence[Sequence[int] | None], world_size: int) -> list[list[Share]]:

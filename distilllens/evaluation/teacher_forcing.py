@@ -2,7 +2,7 @@
 
 A row is a position whose next token belongs to a response, as in training: encoding, collation,
 the model's body, its head in float32. The head is cut to the tokens that the tokenizer knows,
-the tokens that generation can choose (see `sampling.KnownTokensOnly`), so heads that are padded
+the tokens that generation can choose (see `sampling.TokenChooser`), so heads that are padded
 differently are compared over the same tokens.
 
 Shapes: N rows of a batch, n of a chunk, D width, V tokens of the tokenizer.
@@ -113,6 +113,7 @@ def score_texts(
     texts: Sequence[TokenText],
     *,
     batch_size: int,
+    batch_tokens: int,
     chunk_rows: int | None = None,
     advance: Callable[[int], None],
 ) -> Iterator[Chunk]:
@@ -121,7 +122,9 @@ def score_texts(
     Args:
         scorers: Of models on one device, over the same tokens.
         texts: None empty.
-        batch_size: Texts that run through a model at once; texts of similar length go together.
+        batch_size: Texts that run through a model at once, at most; texts of similar length go
+            together.
+        batch_tokens: Tokens of them at most, padding included; a longer text runs alone.
         chunk_rows: Rows of a chunk; default: as many as `CHUNK_BYTES` holds.
         advance: Called after each batch with the number of its texts.
 
@@ -136,8 +139,11 @@ def score_texts(
     for scorer in scorers:
         if texts:
             scorer.check(texts[order[0]])
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    start = 0
+    while start < len(order):
+        fitting = batch_tokens // len(texts[order[start]])
+        places = order[start : start + max(1, min(batch_size, fitting))]
+        start += len(places)
         batch = collate([texts[place].columns for place in places], pad_id=0)
         hidden = [scorer.rows(batch.input_ids_BT, batch.rows_N) for scorer in scorers]
         owners_N, positions_N = _row_places([texts[place] for place in places], places)

@@ -76,6 +76,7 @@ def compute_token_metrics(
     *,
     teacher: TokenScorer | None = None,
     batch_size: int,
+    batch_tokens: int,
     chunk_rows: int | None = None,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
@@ -85,7 +86,8 @@ def compute_token_metrics(
         student: The model.
         texts: Prompts and references; at least one response token among them.
         teacher: Compared with it; None: no teacher.
-        batch_size: Texts at once.
+        batch_size: Texts at once, at most.
+        batch_tokens: Tokens at once, at most.
         chunk_rows: Rows at once over the vocabulary; default: as memory allows.
         advance: Called after each batch with the number of its texts.
 
@@ -110,7 +112,12 @@ def compute_token_metrics(
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     bins_3M = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=device)
     for chunk in score_texts(
-        scorers, texts, batch_size=batch_size, chunk_rows=chunk_rows, advance=advance
+        scorers,
+        texts,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        chunk_rows=chunk_rows,
+        advance=advance,
     ):
         sums += _sums(chunk)
         bins_3M += _bins(chunk)

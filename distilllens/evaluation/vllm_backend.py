@@ -29,6 +29,7 @@ from distilllens.evaluation.generation import (
     get_eos_id,
 )
 from distilllens.evaluation.sampling import NoRepeatNgrams, example_seed
+from distilllens.models import context_length, load_model_config
 
 CHUNK_PROMPTS = 512
 """Prompts handed over at once; answers come, and a stop is heard, after each such chunk."""
@@ -56,13 +57,26 @@ class VllmModel:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             dtype=config.dtype,
-            max_model_len=config.max_prompt_length + config.eval.max_new_tokens,
+            max_model_len=_longest(config),
             max_num_seqs=config.eval.batch_size,
             generation_config="vllm",  # not the checkpoint's own
             logits_processors=[PROCESSOR],
         )
         self.device = torch.device("cuda")
         self.dtype = f"{config.dtype} (vllm)"
+
+
+def _longest(config: EvaluateConfig) -> int:
+    """Returns tokens of prompt and answer, no more than the model has positions for."""
+    longest = config.max_prompt_length + config.eval.max_new_tokens
+    window = context_length(
+        load_model_config(
+            config.checkpoint,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
+    )
+    return longest if window is None else min(longest, window)
 
 
 def check_vllm(config: EvaluateConfig) -> None:
@@ -75,6 +89,12 @@ def check_vllm(config: EvaluateConfig) -> None:
         raise ConfigError(
             "backend=vllm needs vllm, which is not installed",
             fix="bash scripts/setup.sh vllm (Linux with a GPU), or --backend transformers",
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "--backend vllm runs in one process: each engine would take the first GPU",
+            fix="start it without torchrun (GPUS=1 in front of a script); other runs may have the "
+            "other GPUs by CUDA_VISIBLE_DEVICES",
         )
     if config.attention != "auto":
         raise ConfigError(

@@ -397,7 +397,11 @@ def flag_cases() -> Iterator[tuple[str, BadInput]]:
         "--eval.seeds [1,1]": (2, "names a seed twice"),
         "--eval.seeds [-1]": (2, r"eval\.seeds=\[-1\] must be ≥ 0"),
         "--max_prompt_length 0": (2, "max_prompt_length=0 must be ≥ 1"),
-        "--max_prompt_length 1": (3, "none of 10 prompts is within max_prompt_length=1"),
+        "--max_prompt_length 1": (2, "max_prompt_length=1 leaves no room for an instruction"),
+        "--max_prompt_length 1 --eval.long_prompts drop": (
+            3,
+            "none of 10 prompts is within max_prompt_length=1",
+        ),
         "--eval.max_new_tokens 9999": (2, "9999"),
         "--checkpoint ROOT/gone": (2, "model folder ROOT/gone not found"),
         "--data_dir ROOT/gone": (3, "ROOT/gone/toy/valid"),

@@ -178,7 +178,7 @@ def test_nan_weights_are_an_error(tiny_gpt2: Callable[..., PreTrainedModel]) -> 
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = torch.nan
     with pytest.raises(NumericsError, match="not finite"):
-        compute_token_metrics(scorer, TEXTS, batch_size=2, advance=ignore)
+        compute_token_metrics(scorer, TEXTS, batch_size=2, batch_tokens=64, advance=ignore)
 
 
 def test_references_are_encoded_as_in_training(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

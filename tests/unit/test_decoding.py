@@ -290,6 +290,27 @@ def test_too_little_memory_halves_the_batch(
     assert tokens == rows * 46 // 2
 
 
+@pytest.mark.parametrize("failing", range(1, 40, 3))
+def test_memory_that_ends_late_changes_no_answer(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After rows have ended, others stand in their places: in no order of length any more."""
+    model = peaked(build("llama"))
+    settings = replace(SAMPLED, batch_size=4)
+    expected = oracle(model, settings)
+    original, calls = RowStore.step, 0
+
+    def step(self: RowStore, tokens: Sequence[int]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, tokens)
+
+    monkeypatch.setattr(RowStore, "step", step)
+    assert decode(model, settings) == expected
+
+
 def test_not_even_one_row_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory_over(0, monkeypatch, RowStore, "step")
     with pytest.raises(ConfigError, match=r"not even one row of 46 tokens") as caught:
