@@ -32,13 +32,13 @@ FACTS_FILE = "distilllens.json"
 PROJECT = Path(__file__).resolve().parents[1]
 BESIDE_THE_RESULT = ("run", "tracking", "generate", "dry_run", "debug")
 """Sections and options that do not decide what is trained; of ``run``, the seed does."""
-LICENCE_TEXTS = {
-    "apache-2.0": r"Apache License\s+Version 2\.0",
-    "mit": r"MIT License|Permission is hereby granted, free of charge, to any person",
-    "bsd-3-clause": r"BSD 3-Clause",
-    "llama2": r"LLAMA 2 COMMUNITY LICENSE",
+LICENCE_TITLES = {
+    "apache-2.0": r"Apache License,?\s+Version 2\.0(?:, January 2004)?",
+    "mit": r"(?:The )?MIT License(?: \(MIT\))?",
+    "bsd-3-clause": r"(?:The )?BSD 3-Clause License",
+    "llama2": r"LLAMA 2 COMMUNITY LICENSE AGREEMENT",
 }
-"""Identifier of the hub → what stands at the head of the licence's text."""
+"""Identifier of the hub → the whole title that the licence's text begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,9 @@ class CardFacts:
     chat: Literal["template", "text only", "not written"] = "not written"
     """Whether the model's folder has the chat template of training; "text only": its tokenizer
     cannot give the right tokens through one; "not written": an earlier version made the folder."""
+    adapter_licence: str | None = None
+    """Of the adapter that was merged into the teacher."""
+    adapter_licence_source: str = ""
     said: Said = field(default_factory=Said)
 
 
@@ -177,6 +180,8 @@ def facts_of_run(run: RunFolder, config: TrainConfig) -> CardFacts:
         steps = None if num_train is None else count_steps(config, num_train, world_size)
     except UserError:
         steps = None
+    adapter = None if teacher is None else config.model.teacher_lora
+    licence, source = (None, "") if adapter is None else find_licence(Path(adapter).expanduser())
     return CardFacts(
         student=describe_model(config.model.student, config),
         teacher=None if teacher is None else describe_model(teacher, config),
@@ -191,6 +196,8 @@ def facts_of_run(run: RunFolder, config: TrainConfig) -> CardFacts:
         git_commit=str(environment.get("git_commit", "unknown")),
         versions=dict(environment.get("versions", {})),
         command=public_command(shlex.split(str(environment.get("command", "")))),
+        adapter_licence=licence,
+        adapter_licence_source=source,
     )
 
 
@@ -292,8 +299,9 @@ def _describe_data(config: TrainConfig, data: Mapping[str, Any]) -> DataFacts:
 def find_licence(folder: Path) -> tuple[str | None, str]:
     """Returns a folder's licence as the hub names it, and the file that says so.
 
-    Looks into the front matter of README.md, then for the text of a licence that is known here.
-    Never guesses: None, and what there is to read, where neither tells it.
+    Looks into the front matter of README.md, and if that names none, for texts that begin with the
+    title of a licence known here. Never guesses: None, and what there is to read, where neither
+    tells it, where the front matter names several or another one, and where texts differ.
     """
     readme = folder / "README.md"
     try:
@@ -301,18 +309,31 @@ def find_licence(folder: Path) -> tuple[str | None, str]:
     except (OSError, ValueError, yaml.YAMLError):
         front = None
     licence = front.get("license") if isinstance(front, dict) else None
-    if isinstance(licence, str) and licence not in ("", "unknown", "other"):
-        return licence, "README.md"
-    files = sorted(p for p in folder.glob("*") if re.match(r"(?i)licen[cs]e|copying", p.name))
-    for file in (path for path in files if path.is_file()):
-        head = file.read_text(encoding="utf-8", errors="replace")[:2000]
-        for name, pattern in LICENCE_TEXTS.items():
-            if re.search(pattern, head):
-                return name, file.name
-    return None, f"{files[0].name} there is not one known here" if files else ""
+    if licence not in (None, "", "unknown"):
+        is_one = isinstance(licence, str) and licence != "other"
+        return (licence, "README.md") if is_one else (None, "README.md there names no single one")
+    names = sorted(p for p in folder.glob("*") if re.match(r"(?i)licen[cs]e|copying", p.name))
+    files = [path for path in names if path.is_file()]
+    found = [_licence_of_text(file) for file in files]
+    if not files:
+        return None, ""
+    if None in found:
+        return None, f"{files[found.index(None)].name} there is not one known here"
+    return (found[0], files[0].name) if len(set(found)) == 1 else (None, "texts of several there")
+
+
+def _licence_of_text(file: Path) -> str | None:
+    head = file.read_text(encoding="utf-8", errors="replace")[:2000]
+    for name, title in LICENCE_TITLES.items():
+        if re.match(rf"[\s#*=_-]*{title}[ \t#*=_-]*(?:\n|\Z)", head):
+            return name
+    return None
 
 
 # --- What may be published ----------------------------------------------------------------------
+
+
+FILE_ADDRESS = re.compile(r"^(?i:file://)[^/\s]*")
 
 
 def public_path(path: str) -> str:
@@ -320,19 +341,21 @@ def public_path(path: str) -> str:
 
     A hub name, and any relative path that does not climb, stays as it is.
     """
+    path = FILE_ADDRESS.sub("", path)
     climbs = ".." in PurePosixPath(path).parts
     if not path.startswith(("/", "~")) and not climbs:
         return path.rstrip("/")
     full = Path(path).expanduser().resolve()
     home = Path.home()
-    for root in (Path.cwd(), PROJECT):
-        if root not in home.parents and root in full.parents:  # below /home stand users' names
-            return full.relative_to(root).as_posix()
+    # The working folder is no such root: users' names may stand below it.
+    if PROJECT not in home.parents and PROJECT in full.parents:
+        return full.relative_to(PROJECT).as_posix()
     return full.name if full.name and full != home else "folder"
 
 
-ABSOLUTE = re.compile(r"(?<![\w.:/~])~?/(?:[^/\s'\"\],]+/)*[^/\s'\"\],]+")
-"""A path somewhere in a text: not the middle of a relative one, nor of an address."""
+ABSOLUTE = re.compile(r"(?:(?i:file://)[^/\s]*|(?<![\w./~]))~?/(?:[^/\s'\"\],]+/)*[^/\s'\"\],]+")
+"""A path somewhere in a text: not the middle of a relative one, nor of an address (behind whose
+colon stand two slashes)."""
 
 
 def public_text(text: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distilllens.evaluation.provenance import checkpoint_fingerprint
 from distilllens.evaluation.results import mean_and_sd, read_result
@@ -14,6 +15,8 @@ from distilllens.report.scores import Score, collect_scores
 
 Settings = tuple[tuple[str, str], ...]
 """How answers were generated: names, and values as JSON."""
+FROM_IDENTITY = ("attention", "backend", "dtype", "sampler")
+"""Entries of a result's identity that decide answers too, beside weights and records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ def scores_of_model(folder: Path, evaluations: Sequence[Path]) -> list[CardScore
         evaluations: Folders that `evaluate.py` wrote. Results of other weights below them are left
             out: they are told apart by `checkpoint_fingerprint`.
 
+    Returns:
+        Sorted; of a set that was scored whole and in part (``--limit``), only the largest part.
+
     Raises:
         ConfigError: A folder does not exist.
         DataError: A results.json is not what evaluate.py writes.
@@ -50,10 +56,12 @@ def scores_of_model(folder: Path, evaluations: Sequence[Path]) -> list[CardScore
         identity = read_result(score.file).get("identity", {})
         if identity.get("weights and tokenizer") == fingerprint:
             for metric in score.metrics:
-                grouped[_settings(score), score.test_set, metric].append(score)
+                grouped[_settings(score, identity), score.test_set, metric].append(score)
     summaries = []
     for (settings, test_set, metric), scores in sorted(grouped.items()):
-        by_seed = {score.sampling_seed: score for score in scores}  # a copied result counts once
+        largest = max(scores, key=lambda score: (score.num_prompts, score.records or "")).records
+        # A copied result counts once.
+        by_seed = {score.sampling_seed: score for score in scores if score.records == largest}
         mean, sd = mean_and_sd([score.metrics[metric] for score in by_seed.values()])
         summaries.append(
             CardScore(
@@ -79,5 +87,7 @@ def mirrored_evaluations(run: Path) -> list[Path]:
     return [mirrored] if mirrored is not None and mirrored.is_dir() else []
 
 
-def _settings(score: Score) -> Settings:
-    return tuple((name, json.dumps(value)) for name, value in sorted(score.settings.items()))
+def _settings(score: Score, identity: Mapping[str, Any]) -> Settings:
+    own = {name: identity[name] for name in FROM_IDENTITY if name in identity}
+    settings = {**score.settings, **own}
+    return tuple((name, json.dumps(value)) for name, value in sorted(settings.items()))

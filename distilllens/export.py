@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import errno
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,8 @@ from distilllens.manifest import (
 from distilllens.model_card import maybe_write_card, write_card
 from distilllens.models import vocab_rows
 from distilllens.runs import RunFolder
+
+logger = logging.getLogger("distilllens")
 
 STUDENT_FOLDER = "student"
 """Of a saved state: the student as a Hugging Face folder."""
@@ -172,21 +175,32 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
     A base's own template is replaced: the student was not trained on it. Chats are tokenised
     without the special tokens that a text gets, so the template has them; where that gives other
-    tokens than training had (some tokenizers treat a text behind a special token differently), the
-    copy has none.
+    tokens than training had (some tokenizers treat a text behind a special token differently), or
+    none at all, the copy has none.
     """
     chatting = copy.copy(tokenizer)
     chatting.chat_template = None
+    try:
+        gives_the_prompt = _set_template(chatting)
+    except Exception as error:  # of a tokenizer's own code: a template must never cost a model
+        gives_the_prompt = False
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        logger.warning("the exported tokenizer gets no chat template: %s", reason)
+    if not gives_the_prompt:
+        chatting.chat_template = None
+    return chatting
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Gives a tokenizer the template; returns whether chats have the tokens of training."""
     prompt = alpaca_prompt(PROBE)
     expected = encode_prompts(tokenizer, [prompt])[0]
     bare: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     before = tokenizer.convert_ids_to_tokens(expected[: len(expected) - len(bare)])
-    chatting.chat_template = chat_template("".join(before))
+    tokenizer.chat_template = chat_template("".join(before))
     chat = [{"role": "user", "content": PROBE}]
-    encoded = chatting.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    if encoded != expected:
-        chatting.chat_template = None
-    return chatting
+    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return bool(encoded == expected)
 
 
 def _with_weights(student: PeftModel, weights: dict[str, Any]) -> PeftModel:

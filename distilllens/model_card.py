@@ -91,15 +91,31 @@ def build_card(folder: Path, facts: CardFacts, scores: Sequence[CardScore]) -> M
 
 
 def own_licence(facts: CardFacts) -> tuple[str | None, str]:
-    """Returns the licence of the trained model, None where nobody knows; and why."""
+    """Returns the licence of the trained model, None where nobody knows; and why.
+
+    It is known without the publisher's word only if all that the model was made of, the data too,
+    is known to have the same one: terms differ in what they pass on, and that is nothing to guess.
+    """
     if facts.said.licence:
         return facts.said.licence, "given by the publisher"
-    models = [facts.student, *([facts.teacher] if facts.teacher else [])]
-    if any(model.licence is None for model in models):
-        return None, "not all of the models above tell theirs"
-    if len({model.licence for model in models}) > 1:
-        return None, "the models above have different ones"
-    return facts.student.licence, "that of the models above"
+    licences = {licence for _, licence, _ in _origins(facts)}
+    if None in licences:
+        return None, "not all that the model was made of tells its own"
+    if len(licences) > 1:
+        return None, "what the model was made of has different ones"
+    return facts.student.licence, "that of all that the model was made of"
+
+
+def _origins(facts: CardFacts) -> list[tuple[str, str | None, str]]:
+    """Returns what the model was made of: its role, its licence, and what says so."""
+    student, teacher, data = facts.student, facts.teacher, facts.data
+    origins = [("student, before", student.licence, student.licence_source)]
+    if teacher is not None:
+        origins.append(("teacher", teacher.licence, teacher.licence_source))
+        if facts.options["model"]["teacher_lora"] is not None:
+            adapter = (facts.adapter_licence, facts.adapter_licence_source)
+            origins.append(("teacher's adapter", *adapter))
+    return [*origins, ("data", data.licence, data.licence_source)]
 
 
 # --- Sections -----------------------------------------------------------------------------------
@@ -360,15 +376,9 @@ def _evaluations(scores: Sequence[CardScore]) -> list[str]:
 
 
 def _licences(facts: CardFacts, licence: str | None, reason: str) -> str:
-    def source(text: str) -> str:
-        return text or "nothing found in its folder"
-
     rows = [["this model", licence or UNKNOWN, reason]]
-    for role, model in (("student, before", facts.student), ("teacher", facts.teacher)):
-        if model is not None:
-            rows.append([role, model.licence or UNKNOWN, source(model.licence_source)])
-    data = facts.data
-    rows.append(["data", data.licence or UNKNOWN, source(data.licence_source)])
+    for role, known, source in _origins(facts):
+        rows.append([role, known or UNKNOWN, source or "nothing found in its folder"])
     return _table(["", "licence", "as found in"], rows)
 
 

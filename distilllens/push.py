@@ -127,7 +127,7 @@ def check_folder_to_push(folder: Path, *, allow_unknown_licence: bool) -> Parcel
     """Returns what of a model's folder is sent.
 
     Raises:
-        ConfigError: No model, no card, or a card with an unknown licence.
+        ConfigError: No model, no card, a card with an unknown licence, or a link.
         CheckpointError: Weights are missing or cannot be read.
     """
     if not (folder / "config.json").is_file():
@@ -147,16 +147,23 @@ def check_folder_to_push(folder: Path, *, allow_unknown_licence: bool) -> Parcel
             fix=f"{make_it} --licence ID, or --allow_unknown_licence",
             kept="nothing was uploaded",
         )
-    _check_weights(folder)
-    names = sorted(path for path in folder.iterdir())
+    names = sorted(folder.iterdir())
     sent = [path for path in names if _is_sent(path)]
+    if links := [path.name for path in sent if path.is_symlink()]:
+        raise ConfigError(
+            f"{folder / links[0]} is a link",
+            why="what it points to may be anything, so no link is sent",
+            fix=f"cp -rL {folder} FOLDER, look at what is there, and push FOLDER",
+            kept="nothing was uploaded",
+        )
+    _check_weights(folder)
     return Parcel(files=sent, left_out=[path.name for path in names if path not in sent])
 
 
 def _is_sent(path: Path) -> bool:
-    """Whether a file goes along; what a link points to may be anything, so no link does."""
-    is_own = path.is_file() and not path.is_symlink()
-    return is_own and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SENT)
+    """Whether a file, or a link, belongs to a model by its name."""
+    is_file = path.is_file() or path.is_symlink()
+    return is_file and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SENT)
 
 
 def _check_weights(folder: Path) -> None:

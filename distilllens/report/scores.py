@@ -300,7 +300,15 @@ def _generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what decides the answers, without the seeds and what only decides the speed."""
     settings = dict(config["eval"]) | {"max_prompt_length": config["max_prompt_length"]}
     # What long prompts become shows in the records.
-    for key in ("seeds", "batch_size", "every", "dev_size", "metric", "long_prompts"):
+    for key in (
+        "seeds",
+        "batch_size",
+        "batch_tokens",
+        "every",
+        "dev_size",
+        "metric",
+        "long_prompts",
+    ):
         settings.pop(key, None)
     return settings
 

@@ -59,6 +59,7 @@ class Server:
         self.script: list[Action] = []
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.usage: dict[str, int] | None = {"prompt_tokens": 100, "completion_tokens": 10}
         self.most_at_once = 0
@@ -69,10 +70,11 @@ class Server:
     def count(self) -> int:
         return len(self.requests)
 
-    def begin(self, body: dict[str, Any], key: str) -> Action:
+    def begin(self, body: dict[str, Any], headers: dict[str, str]) -> Action:
         with self._lock:
             self.requests.append(body)
-            self.keys.append(key)
+            self.keys.append(headers.get("authorization", ""))
+            self.headers.append(headers)
             self.times.append(time.monotonic())
             number = len(self.requests)
             self._now += 1
@@ -106,7 +108,8 @@ def running(server: Server) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
-            action = server.begin(json.loads(content), self.headers.get("Authorization", ""))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            action = server.begin(json.loads(content), headers)
             with suppress(OSError):  # a client that has given up
                 self.answer(action)
             server.end()

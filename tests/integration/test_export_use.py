@@ -101,8 +101,8 @@ def test_an_export_is_the_run_s_model_and_tells_of_it(
 ) -> None:
     monkeypatch.chdir(workspace.root)
     run = workspace.root / "results/train/toy"
-    (workspace.root / "student/README.md").write_text("---\nlicense: mit\n---\n")
-    (workspace.root / "teacher/README.md").write_text("---\nlicense: mit\n---\n")
+    for name in ("student", "teacher", "data/toy"):
+        (workspace.root / name / "README.md").write_text("---\nlicense: mit\n---\n")
     assert main(workspace.flags(out="results/train/toy")) == 0
     own = scores(workspace, run / "best", "results/eval_main/toy")
     exported = workspace.root / "exported"
@@ -226,7 +226,7 @@ def model(tmp_path: Path, tiny_gpt2: Callable[..., GPT2LMHeadModel], tiny_tokeni
     write_model(tiny_gpt2(), tiny_tokenizer, folder, None)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     (tmp_path / "secret.json").write_text("{}")
-    (folder / "tokenizer_link.json").symlink_to(tmp_path / "secret.json")
+    (folder / "my_link.json").symlink_to(tmp_path / "secret.json")
     for name in ("optimizer.pt", "pytorch_model.bin", "log.txt", "notes.json", "rank-0.pkl"):
         (folder / name).write_text("not this")
     (folder / "state").mkdir()
@@ -324,9 +324,17 @@ def test_no_network_and_offline(
         push(model, hub[1])
 
 
+def as_link(file: Path) -> None:
+    """Moves a file away and puts a link to it in its place."""
+    file.symlink_to(file.rename(file.parent.parent / f"blob-{file.name}"))
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
+        (lambda f: as_link(f / "model.safetensors"), ConfigError, "safetensors is a link"),
+        (lambda f: as_link(f / "tokenizer.json"), ConfigError, r"tokenizer\.json is a link"),
+        (lambda f: (f / "vocab.json").symlink_to("gone"), ConfigError, "is a link"),
         (lambda f: (f / "README.md").unlink(), ConfigError, "distilllens card"),
         (
             lambda f: (f / "README.md").write_text("---\nlicense: unknown\n---\n"),

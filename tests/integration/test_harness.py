@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from model_zoo import Size, build
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
 
@@ -35,6 +35,20 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}]
 metadata: {{version: 2.5}}
+"""
+
+
+WRITING = """
+task: own_writing
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {folder}/writing.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["never said"], max_gen_toks: 6, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
 """
 
 
@@ -106,6 +120,42 @@ def test_accuracy_is_that_of_log_likelihoods_by_hand(
     assert result["harness"]["n-samples"]["own_words"]["effective"] == 5
     assert result["seeds"]["fewshot_random_seed"] == 1234
     assert {"lm_eval", "torch", "transformers"} <= set(result["versions"])
+
+
+def test_a_task_alone_says_how_texts_are_generated(
+    place: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Six greedy tokens by hand, against a checkpoint that forbids them and ends after two."""
+    model = build("llama", Size(vocab=300, positions=128))
+    lines, said = [], set()
+    for question, _, _ in QUESTIONS:
+        ids = tiny_tokenizer(question)["input_ids"]
+        for _ in range(6):
+            with torch.no_grad():
+                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        answer = tiny_tokenizer.decode(ids[-6:])
+        said |= set(ids[-6:])
+        lines.append(json.dumps({"question": question, "answer": answer}))
+    assert tiny_tokenizer.eos_token_id not in said
+    model.generation_config = GenerationConfig(max_new_tokens=2, suppress_tokens=sorted(said))
+    model.save_pretrained("model")
+    (place / "tasks/writing.jsonl").write_text("\n".join(lines) + "\n")
+    (place / "tasks/writing.yaml").write_text(WRITING.format(folder=place / "tasks"))
+    assert run(tasks="own_writing") == 0
+    assert read("own_writing")["metrics"]["exact_match,none"] == 1.0
+
+
+@pytest.mark.usefixtures("place")
+def test_figures_of_earlier_rules_are_not_taken_for_these(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--limit", "1") == 0
+    file = Path("out/harness/own_words/results.json")
+    content = read("own_words")
+    del content["identity"]["rules"]  # as before there were any
+    file.write_text(json.dumps(content))
+    assert run("--limit", "1") == 2
+    assert "rules: None there" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("place")

@@ -204,7 +204,7 @@ def test_garbage_is_unparsed_and_no_loss(
     assert server.count == 10
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_ends_it_at_once_and_keeps_what_is_there(
     place: Callable[..., int], server: Server, capfd: pytest.CaptureFixture[str], status: int
 ) -> None:
@@ -225,6 +225,54 @@ def test_a_refusal_ends_it_at_once_and_keeps_what_is_there(
     assert files
     assert not [path for path in files if KEY in path.read_text()]
     assert results()["config"]["api_key_env"] == "JUDGE_KEY"
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_prompt_leaves_the_others(
+    place: Callable[..., int], server: Server, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    """Prompts 1 and 2 are refused, in both orders: four questions in a row."""
+    echo = json.dumps({"error": {"message": f"content filter {KEY}"}}).encode()
+
+    def rule(messages: list[dict[str, str]]) -> Action:
+        is_bad = texts(messages)["prompt"] in ("Prompt 1.", "Prompt 2.")
+        return Action(status=status, body=echo) if is_bad else longer_wins(messages)
+
+    server.rule = rule
+    assert place("--against", "B", "--retries", "2") == 2
+    assert server.count == 8  # no refusal is tried again
+    printed = capsys.readouterr()
+    assert "4 questions got no reply" in printed.err and "content filter" in printed.err
+    figures = pairs()
+    assert (figures["n"], figures["unanswered"]) == (2, 2)
+    assert (figures["wins"], figures["ties"], figures["losses"]) == (1, 1, 0)
+    reasons = results()["this_command"]["no_reply"]
+    assert [f"status {status}" in reason for reason in reasons] == [True] * 4
+    assert KEY not in printed.out + printed.err + json.dumps(results())
+    server.rule = longer_wins
+    assert place("--against", "B") == 0
+    assert server.count == 8 + 4 and pairs()["wins"] == 2
+
+
+def test_an_endpoint_that_refuses_every_prompt_is_given_up(
+    place: Callable[..., int], server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.rule = lambda messages: Action(status=400, body=b'{"error": "max_tokens?"}')
+    assert place("--against", "B") == 2
+    error = capsys.readouterr().err
+    assert "no reply to 3 questions in a row" in error and "--max_tokens_name" in error
+    assert server.count == 3
+
+
+def test_no_organisation_of_the_environment_is_sent(
+    place: Callable[..., int], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-secret")
+    assert place("--against", "B", "--limit", "1") == 0
+    sent = json.dumps(server.headers)
+    assert KEY in sent
+    assert "org-secret" not in sent and "proj-secret" not in sent
 
 
 def test_a_dead_endpoint_is_given_up(
@@ -292,6 +340,48 @@ def test_a_budget_of_cost_is_never_passed(place: Callable[..., int], server: Ser
     assert place("--seeds", "[20]", *price, "--max_cost", "0.01") == 75
     assert results("score")["replies"]["tokens_not_told"] >= 1
     assert 0.005 < results("score")["this_command"]["cost"] <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("action", "is_billed"),
+    [
+        (Action(status=500), True),
+        (Action(reset=True), True),
+        (Action(sleep=0.5), True),
+        (Action(text="x", drip=0.05), True),
+        (Action(status=429), False),
+    ],
+)
+def test_tries_that_may_be_billed_count(
+    place: Callable[..., int], server: Server, action: Action, is_billed: bool
+) -> None:
+    """A try without a reply costs what it can at most, and a budget ends before the next try."""
+    price = ["--input_price", "2", "--output_price", "30", "--max_tokens", "20"]
+    quick = ["--timeout", "0.3", "--limit", "1", "--retries", "3", "--grade_references", "false"]
+    server.script = [action] * 2
+    assert place(*price, *quick) == 0
+    size = len(json.dumps(server.requests[0]["messages"], ensure_ascii=False).encode())
+    most = ((size + 100) * 2 + 20 * 30) / 1e6
+    found = results("score")["this_command"]
+    assert found["lost_tries"] == 2 * is_billed
+    assert found["cost"] == pytest.approx(0.0005 + 2 * most * is_billed)
+
+    write_cell("A", ["another"], seed=20)
+    server.script, before = [action] * 4, server.count
+    budget = ["--seeds", "[20]", "--max_cost", str(2.5 * most)]
+    assert place(*price, *quick, *budget) == (75 if is_billed else 2)
+    assert server.count - before == (2 if is_billed else 4)
+    assert results("score")["this_command"]["cost"] <= 2.5 * most
+
+
+def test_a_refused_connection_costs_nothing(place: Callable[..., int]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    price = ["--input_price", "2", "--output_price", "30", "--max_cost", "1", "--retries", "1"]
+    assert place(*price, "--base_url", closed, "--limit", "1") == 2
+    found = results("score")["this_command"]
+    assert (found["lost_tries"], found["cost"]) == (0, 0.0)
 
 
 def test_concurrency(place: Callable[..., int], server: Server) -> None:

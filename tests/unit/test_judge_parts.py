@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from distilllens.config import JudgeConfig
 from distilllens.evaluation.judge.answers import Item
 from distilllens.evaluation.judge.cache import ReplyCache
 from distilllens.evaluation.judge.client import read_body
+from distilllens.evaluation.judge.loop import Ledger, _settle
 from distilllens.evaluation.judge.questions import (
     Conversation,
     Reply,
@@ -147,6 +149,34 @@ def test_bodies_are_read() -> None:
     assert read_body(json.dumps(content).encode()) == Reply(
         text="words", finish="stop", model="judge-7", input_tokens=12
     )
+
+
+@pytest.mark.parametrize("told", [-1, 10**9 + 1, 10**30, 1.5, "3", None])
+def test_impossible_token_counts_are_not_told(told: object) -> None:
+    reply = read_reply({"prompt_tokens": told, "completion_tokens": 10**9})
+    assert (reply.input_tokens, reply.output_tokens) == (None, 10**9)
+
+
+def read_reply(usage: dict[str, object]) -> Reply:
+    content = {"choices": [{"message": {"content": "words"}}], "usage": usage}
+    return read_body(json.dumps(content).encode())
+
+
+def test_a_reply_is_kept_before_it_is_booked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong in the books, what was paid for stands in the file."""
+
+    def fail(*_: object) -> None:
+        raise OverflowError
+
+    monkeypatch.setattr(Ledger, "settle", fail)
+    cache = ReplyCache(tmp_path / "cache.jsonl", JudgeConfig(model="m"))
+    future: Future[Reply] = Future()
+    future.set_result(Reply(text="words"))
+    with pytest.raises(OverflowError):
+        _settle(score_question("p", "a", asks=1), future, cache, Ledger(config=JudgeConfig()))
+    assert len(ReplyCache(cache.file, JudgeConfig(model="m"))) == 1
 
 
 # --- Cache --------------------------------------------------------------------------------------

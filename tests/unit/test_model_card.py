@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import BPE
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from distilllens import model_card
+from distilllens import card_facts, model_card
 from distilllens.__main__ import main
 from distilllens.card_facts import (
     FACTS_FILE,
@@ -57,6 +57,8 @@ SECRET = "hf_" + "a1B2" * 8
         ("/home/alice/models/gpt2", "gpt2"),
         ("~/models/gpt2", "gpt2"),
         ("../alice/models/gpt2", "gpt2"),
+        ("file:///home/alice/models/gpt2", "gpt2"),
+        ("file://localhost/home/alice/models/gpt2", "gpt2"),
         ("/", "folder"),
         ("~", "folder"),
     ],
@@ -66,9 +68,14 @@ def test_paths_outside_the_project_lose_their_folders(path: str, shown: str) -> 
 
 
 def test_paths_inside_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(card_facts, "PROJECT", tmp_path)
     assert public_path(f"{tmp_path}/checkpoints/a") == "checkpoints/a"
-    monkeypatch.chdir("/")  # every path is inside: no name of a user may come through
+    (tmp_path / "scratch").mkdir()
+    for folder in ("/", tmp_path.parent):  # below the working folder: no user's name comes through
+        monkeypatch.chdir(folder)
+        assert public_path("/home/alice/a") == "a"
+        assert public_path(f"{tmp_path.parent}/alice/ckpt/gpt2") == "gpt2"
+    monkeypatch.setattr(card_facts, "PROJECT", Path("/"))
     assert public_path("/home/alice/a") == "a"
 
 
@@ -76,6 +83,21 @@ def test_texts_lose_paths_and_keys() -> None:
     text = public_text(f"[/home/alice/a.jsonl, x/y] https://hub.example/a/b {SECRET}")
     assert "alice" not in text and SECRET not in text
     assert "https://hub.example/a/b" in text and "x/y" in text and "a.jsonl" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("b:/home/alice/z", "b:z"),
+        ("[a:/home/alice/z, b:~/z]", "[a:z, b:z]"),
+        ("see file:///home/alice/z", "see z"),
+        ("see FILE://host/home/alice/z", "see z"),
+        ("https://hub.example:443/a/b?c=d/e", "https://hub.example:443/a/b?c=d/e"),
+        ("s3://bucket/a", "s3://bucket/a"),
+    ],
+)
+def test_paths_behind_a_colon_are_paths(text: str, shown: str) -> None:
+    assert public_text(text) == shown
 
 
 def test_commands_keep_what_decides_the_training() -> None:
@@ -99,7 +121,32 @@ APACHE = "\n                                 Apache License\n                   
         ({"README.md": "---\nlicense: [\n---\n", "LICENSE": APACHE}, ("apache-2.0", "LICENSE")),
         ({"README.md": "no head", "LICENSE": APACHE}, ("apache-2.0", "LICENSE")),
         ({"LICENSE.txt": "MIT License\n\nCopyright"}, ("mit", "LICENSE.txt")),
-        ({"LICENSE": "My own terms"}, (None, "LICENSE there is not one known here")),
+        ({"LICENSE": "# The MIT License (MIT)\n\nCopyright"}, ("mit", "LICENSE")),
+        *[
+            ({"LICENSE": text}, (None, "LICENSE there is not one known here"))
+            for text in (
+                "My own terms",
+                "Modified MIT License\n",
+                "MIT License, but not for trade\n",
+                "Non-commercial terms\n\nbased on the\n" + APACHE,
+                "Apache License, Version 2.0 with the Commons Clause\n",
+            )
+        ],
+        *[
+            (
+                {"README.md": f"---\nlicense: {named}\n---\n", "LICENSE": APACHE},
+                (None, "README.md there names no single one"),
+            )
+            for named in ("other", "[mit, apache-2.0]", "3")
+        ],
+        (
+            {"LICENSE": "MIT License\n", "LICENSE-DATA": APACHE},
+            (None, "texts of several there"),
+        ),
+        (
+            {"LICENSE": "MIT License\n", "LICENSE-WEIGHTS": "Mine"},
+            (None, "LICENSE-WEIGHTS there is not one known here"),
+        ),
     ],
 )
 def test_licences_are_found_or_unknown(
@@ -211,6 +258,24 @@ def test_a_tokenizer_that_would_give_other_tokens_gets_no_template(tmp_path: Pat
     assert tokenizer.chat_template == "the base's"
 
 
+def test_a_template_that_breaks_a_tokenizer_costs_no_model(
+    tmp_path: Path,
+    tiny_gpt2: Callable[..., GPT2LMHeadModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AttributeError("no chats here\nat all")
+
+    monkeypatch.setattr(type(tiny_tokenizer), "apply_chat_template", fail)
+    write_model(tiny_gpt2(), tiny_tokenizer, tmp_path / "m", None)
+    assert load_file(tmp_path / "m/model.safetensors")
+    assert (tmp_path / "m/tokenizer.json").is_file()
+    assert not (tmp_path / "m/chat_template.jinja").exists()
+    assert "gets no chat template: no chats here" in caplog.text
+
+
 def test_template_is_one_line() -> None:
     assert "\n" not in chat_template("<s>")
 
@@ -286,7 +351,7 @@ def best(
 
 def test_card_tells_the_training(best: Path) -> None:
     card = ModelCard.load(best / "README.md")
-    assert card.data.license == "mit" and card.data.library_name == "transformers"
+    assert card.data.license == "unknown" and card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["distilllens", "knowledge-distillation", "logit-lens"]
     assert card.data.base_model is None  # the folder's hub name is not known
@@ -353,9 +418,14 @@ def test_a_card_that_fails_costs_no_model(
 
 
 def test_licence_of_the_student(run: RunFolder) -> None:
-    facts = facts_of(run)
+    bare = facts_of(run)
+    assert bare.teacher is not None and bare.data.licence is None
+    assert own_licence(bare)[0] is None  # nobody knows the data's
+    facts = dataclasses.replace(bare, data=dataclasses.replace(bare.data, licence="mit"))
     assert facts.teacher is not None
     assert own_licence(facts)[0] == "mit"
+    limited = dataclasses.replace(facts.data, licence="cc-by-nc-sa-4.0")
+    assert own_licence(dataclasses.replace(facts, data=limited))[0] is None
     other = dataclasses.replace(
         facts, teacher=dataclasses.replace(facts.teacher, licence="gpl-3.0")
     )
@@ -365,16 +435,51 @@ def test_licence_of_the_student(run: RunFolder) -> None:
     assert own_licence(said)[0] == "cc-by-4.0"
 
 
+@pytest.mark.parametrize(
+    ("adapter", "data", "own"),
+    [("mit", "mit", "mit"), ("llama2", "mit", "unknown"), (None, "mit", "unknown")],
+)
+def test_the_teachers_adapter_and_the_data_have_licences_too(
+    run: RunFolder,
+    tiny_gpt2: Callable[..., GPT2LMHeadModel],
+    tiny_tokenizer: Any,
+    adapter: str | None,
+    data: str,
+    own: str,
+) -> None:
+    for name, licence in (("adapter", adapter), ("dolly", data)):
+        Path(name).mkdir()
+        if licence is not None:
+            Path(name, "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    argv = ["--config", str(run.config), "--model.teacher_lora", "adapter", "--data.path", "dolly"]
+    facts = facts_of_run(run, load_config(argv))
+    export_model(ENGINE, tiny_gpt2(), tiny_tokenizer, run.best, card=facts)
+    card = ModelCard.load(run.best / "README.md")
+    assert card.data.license == own
+    known = adapter or "unknown: check before you publish"
+    assert f"| teacher's adapter | {known} |" in card.text
+    assert read_facts(run.best) == dataclasses.replace(facts, chat="template")
+
+
 # --- Scores -------------------------------------------------------------------------------------
 
 
-def write_result(folder: Path, seed: int, score: float, checkpoint: str, **eval: Any) -> None:
+def write_result(
+    folder: Path,
+    seed: int,
+    score: float,
+    checkpoint: str,
+    *,
+    num: int = 50,
+    identity: dict[str, Any] | None = None,
+    **eval: Any,
+) -> None:
     content = {
-        "metrics": {"rougeL": score, "exact_match": score / 10, "num": 50},
+        "metrics": {"rougeL": score, "exact_match": score / 10, "num": num},
         "set": "toy",
         "seed": seed,
         "name": "toy",
-        "identity": {"weights and tokenizer": checkpoint, "records": "r"},
+        "identity": {"weights and tokenizer": checkpoint, "records": "r", **(identity or {})},
         "config": {"eval": {"temperature": 1.0, **eval}, "max_prompt_length": 256},
     }
     path = folder / f"seed{seed}" / "toy" / "results.json"
@@ -414,6 +519,49 @@ def test_ways_of_answering_are_not_mixed(best: Path) -> None:
     text = (best / "README.md").read_text()
     assert "| toy | Rouge-L | 20.00 | 1 | 50 |" in text
     assert "| toy | Rouge-L | 30.00 | 1 | 50 |" in text
+
+
+def test_a_part_of_a_set_never_replaces_the_whole(best: Path) -> None:
+    """Seeds 10 and 20 of 50 records, and seed 10 again of the first five (``--limit 5``)."""
+    own = checkpoint_fingerprint(str(best))
+    for name in ("a-part", "z-part"):  # read before and after the whole
+        write_result(Path("all", name), 10, 90.0, own, num=5, identity={"records": "five"})
+    write_result(Path("all/whole"), 10, 20.0, own)
+    write_result(Path("all/whole"), 20, 30.0, own)
+    assert main(["card", str(best), "--eval", "all"]) == 0
+    text = (best / "README.md").read_text()
+    assert "| toy | Rouge-L | 25.00 ± 7.07 | 2 | 50 |" in text
+    assert "90.0" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("dtype", ("auto", "float32")),
+        ("attention", ("sdpa", "eager")),
+        ("backend", ("transformers", "vllm")),
+        ("sampler", (1, 2)),
+    ],
+)
+def test_what_decides_answers_is_not_mixed(
+    best: Path, name: str, values: tuple[object, object]
+) -> None:
+    own = checkpoint_fingerprint(str(best))
+    for seed, (score, value) in enumerate(zip((20.0, 30.0), values, strict=True)):
+        write_result(Path("all", str(seed)), seed, score, own, identity={name: value})
+    assert main(["card", str(best), "--eval", "all"]) == 0
+    text = (best / "README.md").read_text()
+    assert "| toy | Rouge-L | 20.00 | 1 | 50 |" in text
+    assert "| toy | Rouge-L | 30.00 | 1 | 50 |" in text
+    assert all(f"{name} {json.dumps(value)}" in text for value in values)
+
+
+def test_batch_limits_are_no_way_of_answering(best: Path) -> None:
+    own = checkpoint_fingerprint(str(best))
+    for seed, tokens in ((10, 4096), (20, None)):
+        write_result(Path("all"), seed, 20.0, own, batch_size=seed, batch_tokens=tokens)
+    assert main(["card", str(best), "--eval", "all"]) == 0
+    assert "| toy | Rouge-L | 20.00 ± 0.00 | 2 | 50 |" in (best / "README.md").read_text()
 
 
 def test_a_card_does_not_change_what_a_model_is(best: Path) -> None:

@@ -8,7 +8,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,13 @@ LARGEST_BODY = 4_000_000
 """Bytes of a reply that are read; a verdict with its reasons has a few thousand."""
 RETRIED = (408, 409, 429)
 """Statuses below 500 that may go away by themselves."""
+REFUSED = (400, 413, 422)
+"""Statuses that may be about this one prompt: a content filter, the length of the context."""
+UNSENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
+"""Transport errors before a request is sent: httpx's or httpx2's, by openai's version."""
+MOST_TOKENS = 10**9
+"""Of a reply; an endpoint that tells more tells nothing."""
 HINTS = {
-    400: "the endpoint refuses the request: --max_tokens_name, --temperature null, or too long a "
-    "prompt",
     401: "put a valid key into the variable that --api_key_env names",
     403: "put a key that may use this model into the variable that --api_key_env names",
     404: "check --base_url (it often ends in /v1) and --model",
@@ -39,8 +44,23 @@ class NoReplyError(Exception):
     """A request failed in all its tries; the text says how the last one did."""
 
 
-class RequestsSpentError(Exception):
-    """``max_requests`` were sent."""
+class RefusedError(NoReplyError):
+    """The endpoint refuses this request, and further tries would not help."""
+
+
+class SpentError(Exception):
+    """No further try is allowed; the text names the limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A try that brought no reply and may be repeated."""
+
+    problem: str
+    wait: float | None = None
+    """Seconds that the endpoint asks to wait."""
+    may_be_billed: bool = True
+    """Whether the request had been sent, and the endpoint may have worked on it."""
 
 
 class Endpoint:
@@ -66,6 +86,8 @@ class Endpoint:
             timeout=config.timeout,
             max_retries=0,  # ours are counted, and can be stopped
         )
+        # Read from the environment, and meant for OpenAI alone.
+        self._client.organization = self._client.project = None
         self._lock = threading.Lock()
         self._halted = threading.Event()
         self.num_sent = 0
@@ -75,31 +97,42 @@ class Endpoint:
         """Lets requests under way come to their end, and makes no further tries."""
         self._halted.set()
 
-    def ask(self, messages: Sequence[Mapping[str, str]]) -> Reply:
+    def ask(self, messages: Sequence[Mapping[str, str]], lose: Callable[[], bool]) -> Reply:
         """Returns the endpoint's reply, after as many tries as it takes.
+
+        Args:
+            messages: The request.
+            lose: Called after each try that brought no reply but may be billed; says whether
+                ``max_cost`` allows another.
 
         Raises:
             NoReplyError: The last try failed too, or the endpoint asks for too long a wait.
-            RequestsSpentError: No further try is allowed.
-            ConfigError: The endpoint refuses the key, the model or the request.
+            RefusedError: The endpoint refuses this request.
+            SpentError: No further try is allowed.
+            ConfigError: The endpoint refuses the key or the model.
         """
         for attempt in range(self._config.retries + 1):
             self._count()
-            failure = self._try(messages)
-            if isinstance(failure, Reply):
-                return failure
-            problem, asked = failure
+            outcome = self._try(messages)
+            if isinstance(outcome, Reply):
+                return outcome
+            problem, asked = outcome.problem, outcome.wait
+            is_spent = outcome.may_be_billed and not lose()
             if asked is not None and asked > self._config.max_wait:
                 problem = f"{problem}, and the endpoint asks to wait {asked:.0f} s"
                 break
-            if attempt == self._config.retries or self._halted.wait(self._wait(attempt, asked)):
+            if attempt == self._config.retries:
+                break
+            if is_spent:
+                raise SpentError(f"max_cost={self._config.max_cost:g}")
+            if self._halted.wait(self._wait(attempt, asked)):
                 break
         raise NoReplyError(problem)
 
     def _count(self) -> None:
         with self._lock:
             if self.num_sent == self._config.max_requests:
-                raise RequestsSpentError
+                raise SpentError(f"max_requests={self._config.max_requests}")
             self.num_sent += 1
 
     def _wait(self, attempt: int, asked: float | None) -> float:
@@ -109,11 +142,12 @@ class Endpoint:
         longest = min(self._config.max_wait, self._config.wait * 2**attempt)
         return random.uniform(longest / 2, longest)
 
-    def _try(self, messages: Sequence[Mapping[str, str]]) -> Reply | tuple[str, float | None]:
-        """Sends one request; returns what failed, and the wait that is asked for, if it can pass.
+    def _try(self, messages: Sequence[Mapping[str, str]]) -> Reply | Failure:
+        """Sends one request; returns what failed, if it can pass.
 
         Raises:
-            ConfigError: It cannot.
+            RefusedError: It cannot, with this request.
+            ConfigError: It cannot, with any.
         """
         config = self._config
         options: dict[str, Any] = {config.max_tokens_name: config.max_tokens}
@@ -126,17 +160,23 @@ class Endpoint:
                 body = _read_bytes(response, deadline)
         except self._openai.APIStatusError as error:
             status = error.status_code
+            if status in REFUSED:
+                raise RefusedError(self._hide(f"status {status}: {error}")) from None
             if status < 500 and status not in RETRIED:
                 raise self._refused(error) from None
-            return f"status {status}", _retry_after(error.response.headers)
-        except self._openai.APITimeoutError:
-            return f"no reply within {config.timeout:g} s", None
-        except self._openai.APIConnectionError as error:
-            return self._hide(f"no connection ({error.__cause__ or error})"), None
+            wait = _retry_after(error.response.headers)
+            return Failure(problem=f"status {status}", wait=wait, may_be_billed=status != 429)
+        except self._openai.APIConnectionError as error:  # time-outs too
+            was_sent = type(error.__cause__).__name__ not in UNSENT
+            is_late = isinstance(error, self._openai.APITimeoutError)
+            late = f"no reply within {config.timeout:g} s"
+            problem = late if is_late else f"no connection ({error.__cause__ or error})"
+            return Failure(problem=self._hide(problem), may_be_billed=was_sent)
         except TimeoutError:
-            return f"no end of the reply within {config.timeout:g} s", None
+            return Failure(problem=f"no end of the reply within {config.timeout:g} s")
         except Exception as error:  # whatever the transport raises in the middle of a body
-            return self._hide(f"the connection broke ({type(error).__name__}: {error})"), None
+            problem = f"the connection broke ({type(error).__name__}: {error})"
+            return Failure(problem=self._hide(problem))
         # An endpoint may echo the key, and replies are stored.
         return read_body(body.replace(self._key.encode(), HIDDEN.encode()) if self._key else body)
 
@@ -214,7 +254,7 @@ def read_body(body: bytes) -> Reply:
 
 
 def _tokens(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -212,6 +212,7 @@ def _results(
         "this_command": {
             "requests": endpoint.num_sent,
             "replies": ledger.num_replies,
+            "lost_tries": ledger.num_lost,
             "input_tokens": ledger.input_tokens,
             "output_tokens": ledger.output_tokens,
             "cost": ledger.cost if has_price else None,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 from distilllens.config import JudgeConfig
 from distilllens.errors import ConfigError
 from distilllens.evaluation.judge.cache import ReplyCache
-from distilllens.evaluation.judge.client import Endpoint, NoReplyError, RequestsSpentError
+from distilllens.evaluation.judge.client import Endpoint, NoReplyError, RefusedError, SpentError
 from distilllens.evaluation.judge.questions import Conversation, Reply
 from distilllens.signals import poll
 
@@ -25,7 +27,7 @@ OVERHEAD_TOKENS = 100
 
 @dataclass(kw_only=True)
 class Ledger:
-    """What this command's requests brought and cost."""
+    """What this command's requests brought and cost; several threads may book."""
 
     config: JudgeConfig
     num_replies: int = 0
@@ -33,31 +35,55 @@ class Ledger:
     output_tokens: int = 0
     num_uncounted: int = 0
     """Replies whose tokens the endpoint did not tell: they cost what they can at most."""
+    num_lost: int = 0
+    """Tries without a reply that may be billed; each costs what it can at most."""
     cost: float = 0.0
+    reserved: dict[int, float] = field(default_factory=dict)
+    """What each request under way, or its next try, can cost at most; by its conversation."""
     failures: list[str] = field(default_factory=list)
     """How the questions failed that got no reply."""
     failures_in_a_row: int = 0
     spent: str = ""
     """The limit that ended it; empty while there is none."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def settle(self, conversation: Conversation, reply: Reply) -> None:
         """Books a reply."""
         self.num_replies += 1
         self.failures_in_a_row = 0
-        if reply.input_tokens is None or reply.output_tokens is None:
-            self.num_uncounted += 1
-            self.cost += highest_cost(self.config, conversation)
-            return
-        self.input_tokens += reply.input_tokens
-        self.output_tokens += reply.output_tokens
-        self.cost += token_cost(self.config, reply.input_tokens, reply.output_tokens)
+        with self._lock:
+            if reply.input_tokens is None or reply.output_tokens is None:
+                self.num_uncounted += 1
+                self.cost += highest_cost(self.config, conversation)
+                return
+            self.input_tokens += reply.input_tokens
+            self.output_tokens += reply.output_tokens
+            self.cost += token_cost(self.config, reply.input_tokens, reply.output_tokens)
 
-    def allows(self, conversation: Conversation, under_way: Iterable[Conversation]) -> bool:
-        """Whether the cost stays within ``max_cost``, whatever the replies will be."""
-        if self.config.max_cost is None:
+    def reserve(self, conversation: Conversation) -> bool:
+        """Sets aside what a request can cost, if ``max_cost`` allows it whatever comes."""
+        possible = highest_cost(self.config, conversation)
+        with self._lock:
+            if not self._allows(possible):
+                return False
+            self.reserved[id(conversation)] = possible
             return True
-        possible = sum(highest_cost(self.config, c) for c in (conversation, *under_way))
-        return self.cost + possible <= self.config.max_cost
+
+    def release(self, conversation: Conversation) -> None:
+        """Ends the reservation of a request that is over."""
+        with self._lock:
+            del self.reserved[id(conversation)]
+
+    def lose(self, conversation: Conversation) -> bool:
+        """Books a try without a reply; returns whether its reservation holds for another."""
+        with self._lock:
+            self.num_lost += 1
+            self.cost += highest_cost(self.config, conversation)
+            return self._allows(0.0)
+
+    def _allows(self, more: float) -> bool:
+        limit = self.config.max_cost
+        return limit is None or self.cost + sum(self.reserved.values()) + more <= limit
 
     def describe(self) -> str:
         """Returns tokens and cost so far."""
@@ -94,7 +120,7 @@ def ask_all(
         advance: Called with the number of conversations that have come to their end.
 
     Raises:
-        ConfigError: The endpoint refuses requests, or gives no reply to several in a row.
+        ConfigError: The endpoint refuses all requests, or gives no reply to several in a row.
         StorageError: The cache cannot be written.
         Stopped: A signal ended it.
     """
@@ -105,10 +131,12 @@ def ask_all(
         try:
             while waiting or under_way:
                 while waiting and len(under_way) < config.concurrency and not ledger.spent:
-                    if not ledger.allows(waiting[0], under_way.values()):
+                    if not ledger.reserve(waiting[0]):
                         break
                     conversation = waiting.popleft()
-                    under_way[pool.submit(endpoint.ask, conversation.messages)] = conversation
+                    lose = partial(ledger.lose, conversation)
+                    future = pool.submit(endpoint.ask, conversation.messages, lose)
+                    under_way[future] = conversation
                 if not under_way:
                     ledger.spent = ledger.spent or f"max_cost={config.max_cost:g}"
                     return
@@ -117,6 +145,7 @@ def ask_all(
                 for future in done:
                     conversation = under_way.pop(future)
                     goes_on = _settle(conversation, future, cache, ledger)
+                    ledger.release(conversation)
                     waiting.extendleft([conversation] * goes_on)
                     advance(not goes_on)
         except BaseException:
@@ -131,23 +160,25 @@ def _settle(
     """Books the outcome of one request; returns whether the conversation has to go on."""
     try:
         reply = future.result()
-    except RequestsSpentError:
-        ledger.spent = f"max_requests={ledger.config.max_requests}"
+    except SpentError as error:
+        ledger.spent = str(error)
         return False
     except NoReplyError as error:
         ledger.failures.append(str(error))
+        if isinstance(error, RefusedError) and len(cache):
+            return False  # an endpoint that has replied before refuses this prompt, not all
         ledger.failures_in_a_row += 1
         if ledger.failures_in_a_row == PATIENCE:
             raise ConfigError(
                 f"{ledger.config.base_url} gave no reply to {PATIENCE} questions in a row",
                 why=str(error),
                 fix="check --base_url, or wait and try again; --retries, --max_wait and --timeout "
-                "say how long to insist",
+                "say how long to insist; for status 400, --max_tokens_name or --temperature null",
                 kept="replies so far are in cache.jsonl; the same command goes on with the rest",
             ) from None
         return False
-    ledger.settle(conversation, reply)
     cache.add(conversation.messages, reply)
+    ledger.settle(conversation, reply)
     conversation.take(reply)
     return not conversation.is_over
 
