@@ -70,7 +70,11 @@ def parse_report_arguments(argv: Sequence[str] | None, description: str) -> Repo
         "the teacher of the other runs")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     lens = parser.add_mutually_exclusive_group()
-    lens.add_argument("--lens", action="store_true", help="stop if a lens map cannot be drawn")
+    lens.add_argument(
+        "--lens",
+        action="store_true",
+        help="draw lens maps of more than six runs, too, and stop if one cannot be drawn",
+    )
     lens.add_argument("--no_lens", action="store_true", help="draw no lens maps: loads no model")
     arguments = ReportArguments(**vars(parser.parse_args(argv)))
     _check(arguments)

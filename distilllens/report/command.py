@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from distilllens.errors import ConfigError, StorageError
+from distilllens.errors import ConfigError, StorageError, UserError
 from distilllens.report.arguments import ReportArguments, parse_report_arguments
 from distilllens.report.build import Evaluations, build_page
 from distilllens.report.html import Drawings, Page, PageFigure, render_page
 from distilllens.report.lens_map import entropy_csv, lens_map_csv
 from distilllens.report.run_maps import MapOptions, RunMaps, build_run_maps
-from distilllens.report.run_record import RunRecord, read_runs, report_folder
+from distilllens.report.run_record import RunRecord, find_runs, read_runs, report_folder
 from distilllens.report.run_table import runs_to_rich
 from distilllens.report.samples import collect_samples
 from distilllens.report.score_files import Scoreboard, build_scoreboard
 from distilllens.report.scores import (
+    EVALUATIONS,
     Method,
     collect_scores,
     evaluation_folder,
     group_methods,
+    known_choices,
+    list_some,
 )
 from distilllens.report.tables import to_rich
 from distilllens.report.watch import Watched, watch_runs
 
 SAMPLES_PER_SET = 10
-MOST_NAMES = 6
-"""Runs that a note names."""
+MOST_MAPS = 6
+"""More runs than this have lens maps only with --lens: each loads a model."""
 
 
 def report_main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def report_main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_report_arguments(argv, __doc__ or "")
     console = _console()
-    folders = list(dict.fromkeys(folder.resolve() for folder in arguments.runs))
+    folders, notes = find_runs(arguments.runs, is_live=arguments.watch is not None)
     out = arguments.out or report_folder(folders)
     if arguments.watch is not None:
         _check_writable(out)
@@ -61,21 +64,26 @@ def report_main(argv: Sequence[str] | None = None) -> int:
             write=_LivePage(out, arguments).write,
             console=console,
         )
-    _report(folders, out, arguments, console)
+    _report(folders, out, arguments, console, notes)
     # Not through rich, which would break a long path into lines.
     print(out / "report.html")
     return 0
 
 
 def _report(
-    folders: Sequence[Path], out: Path, arguments: ReportArguments, console: Console
+    folders: Sequence[Path],
+    out: Path,
+    arguments: ReportArguments,
+    console: Console,
+    notes: Sequence[str],
 ) -> None:
     """Writes everything once, and prints the tables."""
     runs = read_runs(folders)
-    evaluations = _collect_evaluations(runs, arguments.eval, arguments)
+    collect = _collect_evaluations if arguments.watch is None else _collect_what_is_there
+    evaluations = collect(runs, arguments.eval, arguments)
     _check_writable(out)
     maps, map_notes = _collect_maps(runs, arguments, console)
-    page = build_page(runs, evaluations, maps, notes=map_notes, drawings=Drawings())
+    page = build_page(runs, evaluations, maps, notes=[*notes, *map_notes], drawings=Drawings())
     _write_all(out, page, evaluations.scores, maps)
     for table in evaluations.scores.tables:
         console.print(to_rich(table))
@@ -90,9 +98,7 @@ class _LivePage:
     def __init__(self, out: Path, arguments: ReportArguments) -> None:
         self.out, self.arguments = out, arguments
         self.stamp: object = None
-        self.evaluations = Evaluations(
-            scores=build_scoreboard([]), samples=(), teachers=(), notes=()
-        )
+        self.evaluations = _no_evaluations()
 
     def write(self, watched: Watched) -> None:
         """Writes report.html, and nothing else."""
@@ -100,7 +106,7 @@ class _LivePage:
         found = [file for folder in folders for file in folder.rglob("results.json")]
         stamp = sorted((str(file), file.stat().st_mtime_ns) for file in found)
         if stamp != self.stamp:
-            self.evaluations = _collect_evaluations(
+            self.evaluations = _collect_what_is_there(
                 watched.runs, folders if found else (), self.arguments
             )
             self.stamp = stamp
@@ -124,14 +130,39 @@ def _collect_evaluations(
     runs: Sequence[RunRecord], folders: Sequence[Path] | None, arguments: ReportArguments
 ) -> Evaluations:
     methods, notes = _collect_methods(runs, folders)
-    scores = build_scoreboard(methods, further=arguments.metrics, baseline=arguments.baseline)
+    return _evaluations(
+        methods,
+        notes,
+        build_scoreboard(methods, further=arguments.metrics, baseline=arguments.baseline),
+    )
+
+
+def _collect_what_is_there(
+    runs: Sequence[RunRecord], folders: Sequence[Path] | None, arguments: ReportArguments
+) -> Evaluations:
+    """Does the same while runs go on: what is not there yet, or broken, is a note, no error."""
+    try:
+        methods, notes = _collect_methods(runs, folders)
+        further, baseline, told = known_choices(methods, arguments.metrics, arguments.baseline)
+        scores = build_scoreboard(methods, further=further, baseline=baseline)
+        return _evaluations(methods, [*notes, *told], scores)
+    except UserError as error:
+        return _no_evaluations(f"no scores: {error.what}")
+
+
+def _no_evaluations(*notes: str) -> Evaluations:
+    return Evaluations(scores=build_scoreboard([]), samples=(), teachers=(), notes=notes)
+
+
+def _evaluations(
+    methods: Sequence[Method], notes: Sequence[str], scores: Scoreboard
+) -> Evaluations:
     sets = scores.tables[0].sets if scores.tables else ()
     samples = collect_samples(methods, sets=sets, count=SAMPLES_PER_SET)
-    above = {folder.resolve() for run in runs for folder in teacher_evaluations(run)}
     return Evaluations(
         scores=scores,
         samples=samples,
-        teachers={m.label for m in methods if above & {*m.scores[0].file.parents}},
+        teachers={method.label for method in methods if method.is_teacher},
         notes=notes,
     )
 
@@ -140,8 +171,9 @@ def _collect_methods(
     runs: Sequence[RunRecord], folders: Sequence[Path] | None
 ) -> tuple[list[Method], list[str]]:
     """Returns the methods of the given folders, or of where the runs' evaluations lie."""
+    teachers = {folder.resolve() for run in runs for folder in teacher_evaluations(run)}
     if folders is not None:
-        methods = group_methods(collect_scores(folders))
+        methods = group_methods(collect_scores(folders), teachers=teachers)
         if folders and not methods:
             listed = ", ".join(str(folder) for folder in folders)
             raise ConfigError(
@@ -149,7 +181,7 @@ def _collect_methods(
             )
         return methods, []
     found, notes = _evaluation_folders(runs)
-    methods = group_methods(collect_scores(found))
+    methods = group_methods(collect_scores(found), teachers=teachers)
     return methods, notes
 
 
@@ -171,26 +203,20 @@ def _evaluation_folders(runs: Sequence[RunRecord]) -> tuple[list[Path], list[str
     notes = []
     if missing:
         place = os.path.commonpath(missing.values())
-        notes.append(f"{_names(missing)}: no scores, nothing at {place}")
+        notes.append(f"{list_some(missing)}: no scores, nothing at {place}")
     if elsewhere:
         notes.append(
-            f"{_names(elsewhere)}: no scores: the runs are not below a folder called train; "
+            f"{list_some(elsewhere)}: no scores: the runs are not below results/train; "
             "name evaluations with --eval"
         )
     return list(dict.fromkeys([*teachers, *found])), notes
-
-
-def _names(labels: Iterable[str]) -> str:
-    """Returns labels as a list, the first few of many."""
-    first, rest = list(labels)[:MOST_NAMES], list(labels)[MOST_NAMES:]
-    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def teacher_evaluations(run: RunRecord) -> list[Path]:
     """Returns the folders with scores of a run's teacher, if it was evaluated.
 
     A teacher that was trained here has them where any run has; one that was given has them in
-    results/eval_main/CKPT/given/NAME, beside those of the run's own CKPT.
+    results/eval_main/CKPT/given/NAME, beside those of the run's own CKPT (not of a sweep's run).
     """
     if run.config.model.teacher is None:
         return []
@@ -198,9 +224,10 @@ def teacher_evaluations(run: RunRecord) -> list[Path]:
     own, candidates = evaluation_folder(run.folder), []
     if (trained := evaluation_folder(teacher.parent.resolve())) is not None:
         candidates.append(trained)
-    if own is not None:
-        above = own.parts[: own.parts.index("eval_main") + 2]
-        candidates.append(Path(*above, "given", teacher.name))
+    for folder in (own, *own.parents) if own is not None else ():
+        if folder.parent.name == EVALUATIONS:
+            candidates.append(folder / "given" / teacher.name)
+            break
     return [folder for folder in candidates if folder.is_dir()]
 
 
@@ -209,6 +236,8 @@ def _collect_maps(
 ) -> tuple[list[RunMaps], list[str]]:
     if arguments.no_lens or (arguments.watch is not None and not arguments.lens):
         return [], []
+    if len(runs) > MOST_MAPS and not arguments.lens:
+        return [], [f"no lens maps of {len(runs)} runs, more than {MOST_MAPS}: --lens draws them"]
     options = MapOptions(
         data=arguments.data,
         prompts=arguments.prompts,

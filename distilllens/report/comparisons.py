@@ -10,7 +10,7 @@ import numpy as np
 
 from distilllens.report.metrics import metric_of
 from distilllens.report.prompt_scores import PromptScores, read_prompt_scores
-from distilllens.report.scores import Method
+from distilllens.report.scores import Method, list_some
 from distilllens.report.tables import average_by_unit
 from distilllens.statistics import (
     LEVEL,
@@ -91,22 +91,28 @@ class MetricComparison:
     metric: str
     baseline: str
     columns: tuple[str, ...]
-    """The sets, `AVERAGE` after them where there are several."""
+    """The sets, `AVERAGE` after them where it is over several."""
     means: Mapping[str, Mapping[str, Sampled]]
     """By method and column; missing where there are no samples."""
     comparisons: Mapping[str, Sequence[Comparison]]
     """By column, in the order of the methods."""
 
     def warning(self) -> str | None:
-        """Returns which differences of the last column are under the noise; None for no such."""
-        column = self.columns[-1]
-        found = [c for c in self.comparisons[column] if c.noise]
+        """Returns which differences of the last column that has any are under the noise.
+
+        None for no such.
+        """
+        column = next((name for name in reversed(self.columns) if self.comparisons[name]), "")
+        found = [c for c in self.comparisons.get(column, ()) if c.noise]
         if not found:
             return None
-        told = "; ".join(
-            f"{c.method} {c.bootstrap.mean:+.2f} ({c.bootstrap.interval[0]:+.2f} to "
-            f"{c.bootstrap.interval[1]:+.2f})"
-            for c in found
+        told = list_some(
+            (
+                f"{c.method} {c.bootstrap.mean:+.2f} ({c.bootstrap.interval[0]:+.2f} to "
+                f"{c.bootstrap.interval[1]:+.2f}, {c.noise})"
+                for c in found
+            ),
+            separator="; ",
         )
         prompts = ", ".join(str(n) for n in sorted({c.num_prompts for c in found}))
         return (
@@ -116,7 +122,12 @@ class MetricComparison:
 
 
 def compare_methods(
-    methods: Sequence[Method], *, sets: Sequence[str], metrics: Sequence[str], baseline: Method
+    methods: Sequence[Method],
+    *,
+    sets: Sequence[str],
+    metrics: Sequence[str],
+    baseline: Method,
+    averaged: Sequence[str] | None = None,
 ) -> tuple[list[MetricComparison], list[str]]:
     """Resamples every method's prompts, and compares each with the baseline.
 
@@ -126,8 +137,10 @@ def compare_methods(
     Args:
         methods: The baseline among them.
         sets: Test sets, in the order of the tables.
-        metrics: Names of results.json.
+        metrics: Names of results.json; those that are known to be no mean over prompts are left
+            out.
         baseline: What the others are compared with.
+        averaged: The sets that the average is over; default: all.
 
     Returns:
         One for each metric, and what could not be computed.
@@ -135,6 +148,8 @@ def compare_methods(
     Raises:
         DataError: A broken samples.jsonl.
     """
+    averaged = sets if averaged is None else averaged
+    metrics = [metric for metric in metrics if metric_of(metric).per_prompt]
     read: dict[str, dict[str, PromptScores]] = {}
     notes: list[str] = []
     for method in methods:
@@ -149,9 +164,22 @@ def compare_methods(
     resampled = _resample(read, metrics)
     found = []
     for metric in metrics:
-        means = {label: _with_average(own[metric], sets) for label, own in resampled.items()}
+        means = {
+            label: _with_average(own[metric], sets, averaged) for label, own in resampled.items()
+        }
         if any(means.values()):
-            found.append(_compare(metric, rivals, baseline, sets=sets, means=means, shared=shared))
+            columns = (*sets, AVERAGE) if len(averaged) > 1 else tuple(sets)
+            found.append(
+                _compare(
+                    metric,
+                    rivals,
+                    baseline,
+                    columns=columns,
+                    averaged=averaged,
+                    means=means,
+                    shared=shared,
+                )
+            )
     return found, notes
 
 
@@ -209,14 +237,17 @@ def _resample(
     return found
 
 
-def _with_average(by_set: Mapping[str, Sampled], sets: Sequence[str]) -> dict[str, Sampled]:
-    """Returns the means in the order of the sets, and their average where none is missing."""
+def _with_average(
+    by_set: Mapping[str, Sampled], sets: Sequence[str], averaged: Sequence[str]
+) -> dict[str, Sampled]:
+    """Returns the means in the order of the sets, and the average where none of its is missing."""
     found = {name: by_set[name] for name in sets if name in by_set}
-    if len(sets) > 1 and len(found) == len(sets):
+    parts = [by_set[name] for name in averaged if name in by_set]
+    if len(averaged) > 1 and len(parts) == len(averaged):
         found[AVERAGE] = Sampled(
-            resampled=average_means([sampled.resampled for sampled in found.values()]),
-            num_prompts=sum(sampled.num_prompts for sampled in found.values()),
-            num_seeds=min(sampled.num_seeds for sampled in found.values()),
+            resampled=average_means([sampled.resampled for sampled in parts]),
+            num_prompts=sum(sampled.num_prompts for sampled in parts),
+            num_seeds=min(sampled.num_seeds for sampled in parts),
         )
     return found
 
@@ -226,14 +257,14 @@ def _compare(
     rivals: Sequence[Method],
     baseline: Method,
     *,
-    sets: Sequence[str],
+    columns: tuple[str, ...],
+    averaged: Sequence[str],
     means: Mapping[str, Mapping[str, Sampled]],
     shared: Mapping[str, set[str]],
 ) -> MetricComparison:
-    columns = (*sets, AVERAGE) if len(sets) > 1 else tuple(sets)
     comparisons: dict[str, list[Comparison]] = {}
     for column in columns:
-        needed = set(sets) if column == AVERAGE else {column}
+        needed = set(averaged) if column == AVERAGE else {column}
         able = [
             rival
             for rival in rivals
@@ -241,7 +272,7 @@ def _compare(
             and column in means[rival.label]
             and column in means[baseline.label]
         ]
-        rows = [_compare_pair(metric, rival, baseline, column, sets, means) for rival in able]
+        rows = [_compare_pair(metric, rival, baseline, column, averaged, means) for rival in able]
         corrected = holm({row.method: row.bootstrap.p for row in rows})
         comparisons[column] = [
             replace(row, p_holm=corrected[row.method], num_methods=len(rows)) for row in rows
@@ -260,7 +291,7 @@ def _compare_pair(
     rival: Method,
     baseline: Method,
     column: str,
-    sets: Sequence[str],
+    averaged: Sequence[str],
     means: Mapping[str, Mapping[str, Sampled]],
 ) -> Comparison:
     own, other = means[rival.label][column], means[baseline.label][column]
@@ -275,7 +306,8 @@ def _compare_pair(
         p_holm=bootstrap.p,
         num_methods=1,
         seed_differences=paired_values(
-            _seed_values(rival, metric, column, sets), _seed_values(baseline, metric, column, sets)
+            _seed_values(rival, metric, column, averaged),
+            _seed_values(baseline, metric, column, averaged),
         )
         if is_paired
         else (),
@@ -283,9 +315,9 @@ def _compare_pair(
 
 
 def _seed_values(
-    method: Method, metric: str, column: str, sets: Sequence[str]
+    method: Method, metric: str, column: str, averaged: Sequence[str]
 ) -> Mapping[int, float]:
     by_unit = method.by_unit(metric)
     if column == AVERAGE:
-        return average_by_unit({name: by_unit.get(name, {}) for name in sets})
+        return average_by_unit({name: by_unit.get(name, {}) for name in averaged})
     return by_unit.get(column, {})

@@ -17,8 +17,14 @@ class Metric:
     """Its name for readers, with the unit."""
     better: Literal["larger", "smaller"] | None
     """None: neither; no best is marked, and no difference is called better."""
-    per_prompt: str
-    """Key of the lines of samples.jsonl whose mean it is, where it is a mean over prompts."""
+    per_prompt: str = ""
+    """Key of the lines of samples.jsonl whose mean it is; empty: it is no mean over prompts."""
+    once_per_set: bool = False
+    """Whether it is without sampling: the results of all sampling seeds have the same figure."""
+
+
+def _token_metric(title: str, better: Literal["larger", "smaller"] | None) -> Metric:
+    return Metric(title=title, better=better, once_per_set=True)
 
 
 METRICS = {
@@ -41,6 +47,23 @@ METRICS = {
     ),
     "empty_percent": Metric(title="Empty answers (%)", better="smaller", per_prompt="empty"),
     "loss": Metric(title="Loss (nats per token)", better="smaller", per_prompt="loss"),
+    "nll": _token_metric("Loss on the references (nats per token)", "smaller"),
+    "perplexity": _token_metric("Perplexity of the references", "smaller"),
+    "top1": _token_metric("Top-1 accuracy (% of tokens)", "larger"),
+    "ece": _token_metric("Calibration error (%)", "smaller"),
+    "entropy": _token_metric("Entropy (nats per token)", None),
+    "teacher_entropy": _token_metric("Teacher's entropy (nats per token)", None),
+    "entropy_gap": _token_metric("Entropy minus the teacher's (nats per token)", None),
+    "kl_teacher_student": _token_metric("KL(teacher‖student) (nats per token)", "smaller"),
+    "kl_student_teacher": _token_metric("KL(student‖teacher) (nats per token)", "smaller"),
+    "agreement": _token_metric("Top-1 agreement with the teacher (% of tokens)", "larger"),
+    "ex_acc_err": Metric(title="Excess accumulated error (%)", better="smaller"),
+    "ex_acc_err_se": Metric(
+        title="Excess accumulated error: standard error over prompts (%)", better="smaller"
+    ),
+    "ex_acc_err_per_token": Metric(
+        title="Excess accumulated error per token (%)", better="smaller"
+    ),
 }
 
 

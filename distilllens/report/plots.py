@@ -119,6 +119,8 @@ def _draw_line(
             axes.plot(line.steps, mean, color=colour, linewidth=0.7, alpha=0.3)
         mean = running_mean(mean)
     marker = "o" if curve.markers or len(mean) == 1 else ""
+    # matplotlib leaves labels that begin with _ out of legends.
+    label = f" {label}" if label.startswith("_") else label
     axes.plot(
         line.steps, mean, color=colour, linestyle=dashes, marker=marker, markersize=4, label=label
     )

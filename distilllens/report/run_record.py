@@ -13,9 +13,10 @@ from distilllens.config import CE_ONLY, TrainConfig, load_config
 from distilllens.errors import ConfigError, DataError
 from distilllens.layers import LayerPair
 from distilllens.report.metrics_file import MetricsLine, read_metrics
-from distilllens.report.scores import unique_labels
+from distilllens.report.scores import SEED_FOLDER, list_some, unique_labels
 
 METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,50 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     return with_labels(runs)
 
 
+def find_runs(paths: Sequence[Path], *, is_live: bool) -> tuple[list[Path], list[str]]:
+    """Returns the run folders among what a shell's pattern gave, and a note of what is left out.
+
+    A folder without config.yaml stands for the runs in its seedN folders, if it has such.
+
+    Args:
+        paths: Of runs, and of what lies beside them: log files, reports.
+        is_live: Folders that are not there yet, or have no config.yaml yet, are runs to come.
+
+    Raises:
+        ConfigError: A path does not exist, or none is a run.
+    """
+    found: list[Path] = []
+    left_out: list[Path] = []
+    for path in (path.resolve() for path in paths):
+        if (path / CONFIG).is_file():
+            found.append(path)
+        elif seeds := _seed_runs(path):
+            found += seeds
+        elif path.is_file() or (path / "report.html").is_file():
+            left_out.append(path)
+        elif is_live:
+            found.append(path)
+        elif path.is_dir():
+            left_out.append(path)
+        else:
+            read_config(path)  # says what is wrong
+    if not found:
+        read_config(left_out[0])
+    names = list_some(str(path) for path in dict.fromkeys(left_out))
+    notes = [f"left out, as no {CONFIG} is in it: {names}"] if left_out else []
+    return list(dict.fromkeys(found)), notes
+
+
+def _seed_runs(folder: Path) -> list[Path]:
+    """Returns the runs in the folders seedN of a folder, by their numbers."""
+    seeds = {
+        int(match[1]): file.parent
+        for file in folder.glob(f"seed*/{CONFIG}")
+        if (match := SEED_FOLDER.fullmatch(file.parent.name))
+    }
+    return [seeds[seed] for seed in sorted(seeds)]
+
+
 def with_labels(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Returns the runs with labels that tell them apart."""
     labels = unique_labels({run.folder: method_name(run.config) for run in runs})
@@ -100,15 +145,15 @@ def read_config(folder: Path) -> TrainConfig:
     Raises:
         ConfigError: The folder is missing or no training run's, or its config.yaml is not valid.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise ConfigError(
             f"{folder}: no such run folder",
             fix="give the run.output_dir of a training run, for example results/train/…",
         )
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(
-            f"{folder} is not a training run's folder: it has no config.yaml",
+            f"{folder} is not a training run's folder: it has no {CONFIG}",
             fix="give the run.output_dir of a training run; evaluation folders go to --eval",
         )
     return load_config(["--config", str(path)])

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from distilllens.report.comparison_tables import comparisons_csv, comparisons_markdown
 from distilllens.report.comparisons import MetricComparison, compare_methods
+from distilllens.report.metrics import metric_of
 from distilllens.report.paper import CITATION, PaperTable, build_paper_table, paper_notes
+from distilllens.report.score_warnings import comparison_warnings
 from distilllens.report.scores import (
     Method,
     choose_baseline,
     chosen_metrics,
-    comparison_warnings,
+    shared_sets,
     sort_sets,
 )
 from distilllens.report.tables import ScoreTable, build_table, to_csv, to_latex, to_markdown
@@ -79,7 +81,11 @@ class Scoreboard:
             "set's name the number of its prompts.",
             "Bold: the best of a column; underlined: the second best; equal as printed shares it.",
         ]
-        return lines + ([f"Not ranked, as given: {', '.join(given)}."] if given else [])
+        once = [table.title for table in self.tables if metric_of(table.metric).once_per_set]
+        lines += [f"Not ranked, as given: {', '.join(given)}."] if given else []
+        lines += [f"Measured once per set, n counts trainings: {', '.join(once)}."] if once else []
+        note = average_note(self.tables[0])
+        return lines + ([f"{note[0].upper()}{note[1:]}."] if note else [])
 
     def _latex(self) -> str:
         """Returns a tabular per metric, each under a comment with its title (package booktabs)."""
@@ -110,19 +116,38 @@ def build_scoreboard(
     metrics = chosen_metrics(methods, further)
     chosen = choose_baseline(methods, baseline)
     sets = sort_sets(name for method in methods for name in method.test_sets)
+    averaged = shared_sets(methods, sets)
     comparisons: list[MetricComparison] = []
     notes: list[str] = []
     if chosen is not None:
-        comparisons, notes = compare_methods(methods, sets=sets, metrics=metrics, baseline=chosen)
+        comparisons, notes = compare_methods(
+            methods, sets=sets, metrics=metrics, baseline=chosen, averaged=averaged
+        )
         if any(any(content.comparisons.values()) for content in comparisons):
             reason = "--baseline" if baseline is not None else "--baseline LABEL chooses another"
             notes.insert(0, f"comparisons.md: all differences are to {chosen.label} ({reason})")
+    tables = [
+        build_table(methods, metric=name, sets=sets, averaged=averaged)
+        for name in metrics
+        if methods
+    ]
+    notes += [note for table in tables[:1] if (note := average_note(table))]
     return Scoreboard(
         methods=methods,
-        tables=[build_table(methods, metric=name, sets=sets) for name in metrics if methods],
+        tables=tables,
         comparisons=comparisons,
         comparison_notes=notes,
         paper=build_paper_table(methods),
+    )
+
+
+def average_note(table: ScoreTable) -> str:
+    """Returns over which sets the average is, empty where it is over all."""
+    if not table.not_averaged:
+        return ""
+    return (
+        f"the average is over {', '.join(table.averaged)}, which all compared methods were scored "
+        f"on; without {', '.join(table.not_averaged)}"
     )
 
 

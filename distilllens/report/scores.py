@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,22 @@ from typing import Any
 from distilllens.data.benchmarks import BENCHMARKS
 from distilllens.errors import ConfigError, DataError
 from distilllens.parsing import did_you_mean
-from distilllens.report.metrics import ALWAYS
+from distilllens.report.metrics import ALWAYS, metric_of
 
 SEED_FOLDER = re.compile(r"seed(\d+)")
 BESIDE = {"judge", "harness"}
 """Folders beside the seeds, whose results.json are no scores of sets."""
+EVALUATIONS = "eval_main"
+"""Folder of results/ with the evaluations of the runs in results/train."""
 GIVEN_FOLDERS = ("given", "teacher")
 """Folders above the method's whose models are shown but do not compete: checkpoints as they were
 given (run_eval.sh), and a teacher that was trained here (quickstart.sh)."""
+
+
+WEIGHTS = "weights and tokenizer"
+"""Of `Score.origin`: fingerprint of what was scored."""
+MOST_NAMES = 6
+"""Things that a note names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,9 @@ class Score:
     """Fingerprint of the records, where the result has one."""
     settings: Mapping[str, Any]
     """How the answers were generated; methods are comparable where this is equal."""
+    origin: Mapping[str, str]
+    """What else made the figures, as far as the result tells: `WEIGHTS`, and what
+    `score_warnings.MADE_BY` lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,8 @@ class Method:
 
     label: str
     scores: tuple[Score, ...]
+    is_teacher: bool = False
+    """Whether it was the teacher of another that is shown."""
 
     @property
     def test_sets(self) -> list[str]:
@@ -67,7 +80,9 @@ class Method:
     @property
     def is_given(self) -> bool:
         """Whether it is a given model, such as the teacher, beside those that are compared."""
-        return any(score.method_folder.parent.name in GIVEN_FOLDERS for score in self.scores)
+        return self.is_teacher or any(
+            score.method_folder.parent.name in GIVEN_FOLDERS for score in self.scores
+        )
 
     @property
     def by_training(self) -> bool:
@@ -77,13 +92,15 @@ class Method:
     def by_unit(self, metric: str) -> dict[str, dict[int, float]]:
         """Returns the metric by set and unit (see `tables`), where it was measured.
 
-        A unit is a training seed with the mean over its sampling seeds, or a sampling seed.
+        A unit is a training seed with the mean over its sampling seeds, or a sampling seed; of
+        what is measured once per set always a training.
         """
+        by_training = self.by_training or metric_of(metric).once_per_set
         draws: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for score in self.scores:
             # Beside several training seeds, a training without one stands under −1.
             seed = score.training_seed if score.training_seed is not None else -1
-            unit = seed if self.by_training else score.sampling_seed
+            unit = seed if by_training else score.sampling_seed
             if metric in score.metrics:
                 draws[score.test_set][unit].append(score.metrics[metric])
         return {
@@ -126,29 +143,47 @@ def collect_scores(folders: Iterable[Path]) -> list[Score]:
 def evaluation_folder(run: Path) -> Path | None:
     """Returns where a run's evaluation lies by the scripts' layout; None for a run elsewhere.
 
-    That is results/eval_main/X for a run in results/train/X, and SWEEP/eval/X for one in SWEEP/X,
-    a sweep's folder.
+    That is SWEEP/eval/X for a run in SWEEP/X, a sweep's folder, and results/eval_main/X for one in
+    results/train/X.
     """
-    parts = list(run.parts)
-    if "train" in parts[:-1]:
-        position = len(parts) - 1 - parts[::-1].index("train")
-        return Path(*parts[:position], "eval_main", *parts[position + 1 :])
     for folder in run.parents:
         if (folder / "sweep.json").is_file():
             return folder / "eval" / run.relative_to(folder)
+    for folder in run.parents:  # the deepest first: a checkout may lie in such a folder itself
+        if folder.parts[-2:] == ("results", "train"):
+            return folder.parent / EVALUATIONS / run.relative_to(folder)
     return None
 
 
-def group_methods(scores: Sequence[Score]) -> list[Method]:
-    """Groups scores by method folder, in order of first appearance, with unique labels."""
+def group_methods(scores: Sequence[Score], *, teachers: Collection[Path] = ()) -> list[Method]:
+    """Groups scores by method folder, in order of first appearance, with unique labels.
+
+    Args:
+        scores: Of all methods.
+        teachers: Absolute folders with the scores of teachers that were trained here.
+    """
     by_folder: dict[Path, list[Score]] = {}
     for score in scores:
         by_folder.setdefault(score.method_folder, []).append(score)
     names = {folder: _common_name(members) for folder, members in by_folder.items()}
     labels = unique_labels(names)
     return [
-        Method(label=labels[folder], scores=tuple(members)) for folder, members in by_folder.items()
+        Method(
+            label=labels[folder],
+            scores=tuple(members),
+            is_teacher=any(
+                score.file.is_relative_to(teacher) for score in members for teacher in teachers
+            ),
+        )
+        for folder, members in by_folder.items()
     ]
+
+
+def list_some(items: Iterable[str], *, separator: str = ", ") -> str:
+    """Returns items as a list, the first few of many."""
+    listed = list(items)
+    rest = len(listed) - MOST_NAMES
+    return separator.join(listed[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def unique_labels(names: Mapping[Path, str]) -> dict[Path, str]:
@@ -167,25 +202,14 @@ def unique_labels(names: Mapping[Path, str]) -> dict[Path, str]:
     return labels
 
 
-def comparison_warnings(methods: Sequence[Method]) -> list[str]:
-    """Returns what keeps the methods' figures from being like for like, one sentence each."""
-    warnings = []
-    for test_set in sorted({name for method in methods for name in method.test_sets}):
-        scores = [s for m in methods for s in m.scores if s.test_set == test_set]
-        counts = sorted({score.num_prompts for score in scores})
-        records = {score.records for score in scores if score.records is not None}
-        if len(counts) > 1:
-            listed = ", ".join(str(count) for count in counts)
-            warnings.append(f"{test_set}: not the same number of prompts everywhere ({listed})")
-        elif len(records) > 1:
-            warnings.append(f"{test_set}: not the same prompts or references everywhere")
-    settings = [score.settings for method in methods for score in method.scores]
-    keys = sorted({key for setting in settings for key in setting})
-    for key in keys:
-        values = {json.dumps(setting.get(key), sort_keys=True) for setting in settings}
-        if len(values) > 1:
-            warnings.append(f"generation setting {key} differs: {', '.join(sorted(values))}")
-    return warnings
+def shared_sets(methods: Sequence[Method], sets: Sequence[str]) -> tuple[str, ...]:
+    """Returns the sets to average over: those that all competing methods were scored on.
+
+    All sets, where fewer than two are shared: then only methods with every set have an average.
+    """
+    rivals = [method for method in methods if not method.is_given]
+    shared = tuple(name for name in sets if all(name in rival.test_sets for rival in rivals))
+    return shared if len(shared) > 1 else tuple(sets)
 
 
 def sort_sets(names: Iterable[str]) -> list[str]:
@@ -210,6 +234,18 @@ def chosen_metrics(methods: Sequence[Method], further: Sequence[str]) -> list[st
                 fix=f"any of: {', '.join(sorted(known)) or 'none, as there are no scores'}",
             )
     return list(dict.fromkeys([*ALWAYS, *further]))
+
+
+def known_choices(
+    methods: Sequence[Method], further: Sequence[str], baseline: str | None
+) -> tuple[list[str], str | None, list[str]]:
+    """Returns the metrics and the baseline that are there already, and a note of the others."""
+    known = {name for method in methods for score in method.scores for name in score.metrics}
+    notes = [f"--metrics {name}: no scores have it yet" for name in further if name not in known]
+    if baseline is not None and baseline not in {method.label for method in methods}:
+        notes.append(f"--baseline {baseline}: not scored yet")
+        baseline = None
+    return [name for name in further if name in known], baseline, notes
 
 
 def choose_baseline(methods: Sequence[Method], label: str | None) -> Method | None:
@@ -263,6 +299,7 @@ def _read_score(file: Path) -> Score:
         test_set, seed = str(content["set"]), int(content["seed"])
         name, settings = str(content["name"]), _generation_settings(content["config"])
         records = content.get("identity", {}).get("records")
+        origin = _origin(file, content, metrics)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{file}: not a result of evaluate.py: {type(error).__name__} {error}",
@@ -284,7 +321,26 @@ def _read_score(file: Path) -> Score:
         checkpoint=str(content.get("checkpoint", "")),
         records=records,
         settings=settings,
+        origin=origin,
     )
+
+
+def _origin(file: Path, content: Mapping[str, Any], metrics: Collection[str]) -> dict[str, str]:
+    """Returns `Score.origin`; of measures that the result does not have it tells nothing."""
+    identity = content.get("identity", {})
+    known = {
+        WEIGHTS: identity.get(WEIGHTS),
+        "backend": identity.get("backend"),
+        "dtype": content.get("dtype"),
+    }
+    if "similarity" in metrics:
+        known["similarity"] = content.get("similarity", {}).get("model")
+    # OUTPUT_DIR/token_metrics/SET.json, which is newer than the cell's own configuration.
+    measured = file.parents[2] / "token_metrics" / f"{file.parent.name}.json"
+    if "teacher_entropy" in metrics and measured.is_file():
+        measure = json.loads(measured.read_text(encoding="utf-8"))
+        known["teacher"] = measure.get("identity", {}).get("teacher")
+    return {key: str(value) for key, value in known.items() if value is not None}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -89,6 +89,7 @@ def themed(theme: Theme) -> Iterator[None]:
         {
             "font.family": ["DejaVu Sans", "sans-serif"],
             "font.size": 10,
+            "text.parse_math": False,  # a run's name may have a $
             "axes.titlesize": 11,
             "axes.titleweight": "bold",
             "axes.titlelocation": "left",

@@ -142,6 +142,8 @@ class ScoreTable:
     rows: tuple[Row, ...]
     prompts: Mapping[str, int] = field(default_factory=dict)
     """Number of prompts of each set, told in its column's title where it is known."""
+    not_averaged: tuple[str, ...] = ()
+    """Sets that do not enter the average."""
 
     @property
     def title(self) -> str:
@@ -149,9 +151,14 @@ class ScoreTable:
         return metric_of(self.metric).title
 
     @property
+    def averaged(self) -> tuple[str, ...]:
+        """The sets that the average is over."""
+        return tuple(name for name in self.sets if name not in self.not_averaged)
+
+    @property
     def has_average(self) -> bool:
         """Whether an average over sets says more than the single set's column."""
-        return len(self.sets) > 1
+        return len(self.averaged) > 1
 
     def header(self) -> list[str]:
         """Returns the column titles."""
@@ -187,7 +194,11 @@ class ScoreTable:
 
 
 def build_table(
-    methods: Sequence[Method], *, metric: str = "rougeL", sets: Sequence[str] | None = None
+    methods: Sequence[Method],
+    *,
+    metric: str = "rougeL",
+    sets: Sequence[str] | None = None,
+    averaged: Sequence[str] | None = None,
 ) -> ScoreTable:
     """Builds the table of one metric.
 
@@ -195,26 +206,40 @@ def build_table(
         methods: Rows, in this order; a method without scores becomes a row of dashes.
         metric: Key of results.json's metrics.
         sets: Columns, in this order; default: every set that occurs, in order of appearance.
+        averaged: Those of them that the average is over; default: all.
 
     Returns:
         The table; nothing in it is rounded before it is formatted.
     """
     if sets is None:
         sets = list(dict.fromkeys(s.test_set for method in methods for s in method.scores))
-    rows = tuple(_build_row(method, metric=metric, sets=sets) for method in methods)
+    averaged = sets if averaged is None else averaged
+    rows = tuple(
+        _build_row(method, metric=metric, sets=sets, averaged=averaged) for method in methods
+    )
     counts = prompt_counts(methods)
     prompts = {name: counts[name] for name in sets if name in counts}
-    return ScoreTable(metric=metric, sets=tuple(sets), rows=rows, prompts=prompts)
+    return ScoreTable(
+        metric=metric,
+        sets=tuple(sets),
+        rows=rows,
+        prompts=prompts,
+        not_averaged=tuple(name for name in sets if name not in averaged),
+    )
 
 
-def _build_row(method: Method, *, metric: str, sets: Sequence[str]) -> Row:
+def _build_row(method: Method, *, metric: str, sets: Sequence[str], averaged: Sequence[str]) -> Row:
     by_unit = method.by_unit(metric)
     values = {name: by_unit.get(name, {}) for name in sets}
     return Row(
         label=method.label,
         cells={name: _summarise(list(values[name].values())) for name in sets},
-        average=_summarise(list(average_by_unit(values).values())),
-        unit="training seeds" if method.by_training else "sampling seeds",
+        average=_summarise(
+            list(average_by_unit({name: values[name] for name in averaged}).values())
+        ),
+        unit="training seeds"
+        if method.by_training or metric_of(metric).once_per_set
+        else "sampling seeds",
         competes=not method.is_given,
     )
 
@@ -302,8 +327,9 @@ def to_csv(tables: Sequence[ScoreTable]) -> str:
     """Returns all tables as one CSV, a line per cell, in full precision.
 
     Columns: metric, method, set, mean, sd, n, unit, prompts. Missing cells have an empty mean and
-    n = 0; a single seed has an empty sd. The set ``average`` is the mean over all sets; prompts is
-    the number of the set's, of the average that of all sets, empty where it is not known.
+    n = 0; a single seed has an empty sd. The set ``average`` is the mean over the table's averaged
+    sets; prompts is the number of the set's, of the average that of its sets, empty where it is
+    not known.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -311,7 +337,7 @@ def to_csv(tables: Sequence[ScoreTable]) -> str:
     for table in tables:
         counts = dict(table.prompts)
         if counts and table.has_average:
-            counts["average"] = sum(counts.values())
+            counts["average"] = sum(counts.get(name, 0) for name in table.averaged)
         for row in table.rows:
             cells = dict(row.cells) | ({"average": row.average} if table.has_average else {})
             for name, cell in cells.items():

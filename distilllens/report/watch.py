@@ -1,9 +1,9 @@
 """``report --watch``: follows runs under way, on the screen and in a page that renews itself.
 
 A look at the runs costs a few system calls and what was appended to their metrics.jsonl. The page
-is written only after something changed, only figures with new values are drawn, and the pauses
-between two pages are at least nine times as long as the work on the last one, so that watching
-takes no more than a tenth of one core beside the training.
+is written only after something changed (a file, or a run that fell silent), only figures with new
+values are drawn, and the pauses between two pages are at least nine times as long as the work on
+the last one, so that watching takes no more than a tenth of one core beside the training.
 """
 
 from __future__ import annotations
@@ -29,14 +29,20 @@ from distilllens.report.run_progress import (
     progress_table,
     waiting_for,
 )
-from distilllens.report.run_record import METRICS, RunRecord, read_config, read_run, with_labels
+from distilllens.report.run_record import (
+    CONFIG,
+    METRICS,
+    RunRecord,
+    read_config,
+    read_run,
+    with_labels,
+)
 from distilllens.report.tables import MISSING
 
 REST = 9.0
 """Pause after a page, in CPU times of writing it."""
 PAGE_SECONDS = 2.0
 """The page loads itself again no more often than this, however often the runs are looked at."""
-CONFIG = "config.yaml"
 SMALL_FILES = (CONFIG, "status.json", "layers.json", "environment.json", "data.json")
 
 
@@ -119,14 +125,18 @@ def watch_runs(
     followers = [Follower(folder) for folder in folders]
     drawings = Drawings(png=False)
     is_due, rest_until = True, 0.0
+    shown: list[list[str]] = []
     with _screen(console) as show:
         try:
             while True:
                 looks = [follower.look() for follower in followers]
-                is_due = is_due or any(looks)
                 watched = _watched(followers, drawings, max(seconds, PAGE_SECONDS))
                 rows = [*(progress_of(run) for run in watched.runs), *watched.waiting]
                 show(rows)
+                # Time alone changes what a row says: of a silent run no file changes.
+                cells = [row.cells() for row in rows]
+                is_due = is_due or any(looks) or cells != shown
+                shown = cells
                 if all(row.has_ended for row in rows):
                     return
                 if is_due and time.monotonic() >= rest_until:

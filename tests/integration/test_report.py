@@ -17,9 +17,12 @@ from PIL import Image
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distilllens.errors import ConfigError, DataError, StorageError
-from distilllens.report.command import report_main
-from distilllens.report.run_record import report_folder
+from distilllens.report.arguments import parse_report_arguments
+from distilllens.report.command import _LivePage, report_main
+from distilllens.report.html import Drawings
+from distilllens.report.run_record import find_runs, read_runs, report_folder
 from distilllens.report.scores import evaluation_folder
+from distilllens.report.watch import Watched
 
 ATTACK = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=run()>"
 
@@ -321,6 +324,87 @@ def test_evaluations_of_a_sweeps_run_are_found(tmp_path: Path) -> None:
     assert evaluation_folder(run) == tmp_path / "sweeps/toy/eval/kd-fkl/lr0.001/seed10"
 
 
+def test_a_sweeps_run_with_a_teacher_has_a_report(checkout: Checkout) -> None:
+    run = checkout.write_run("kd/fkl", seed=1, teacher=True)
+    sweep = checkout.root / "results/sweeps/toy"
+    seed = sweep / "kd/seed10"
+    seed.parent.mkdir(parents=True)
+    run.rename(seed)
+    (sweep / "sweep.json").write_text("{}")
+    (sweep / "kd/seed10.out").write_text("what the training printed")
+    scores = sweep / "eval/kd/seed10"
+    scores.parent.mkdir(parents=True)
+    (checkout.root / "results/eval_main/toy/sft/sft").rename(scores)
+    # As a shell's pattern gives it.
+    assert report_main([*map(str, (sweep / "kd").glob("seed*")), "--no_lens"]) == 0
+    text = read_page(sweep / "kd/report/report.html").text
+    assert "22.00" in text
+    assert f"left out, as no config.yaml is in it: {seed}.out" in text
+
+
+def test_what_is_no_run_is_left_out_and_seeds_are_found(checkout: Checkout) -> None:
+    approach = checkout.root / "results/train/toy/kd"
+    for seed in (9, 10):
+        checkout.write_run(f"kd/rkl/seed{seed}", seed=seed, teacher=True)
+    checkout.write_run("kd/fkl", seed=1, teacher=True)
+    found, notes = find_runs([approach / "fkl", approach / "rkl"], is_live=False)
+    assert found == [approach / "fkl", approach / "rkl/seed9", approach / "rkl/seed10"]
+    assert notes == []
+    for _ in range(2):  # the second time report/ is there, too
+        paths = [str(path) for path in sorted(approach.iterdir())]
+        assert report_main([*paths, "--no_lens"]) == 0
+    found, notes = find_runs(sorted(approach.iterdir()), is_live=True)
+    assert len(found) == 3
+    assert notes == [f"left out, as no config.yaml is in it: {approach / 'report'}"]
+    # A run that is not there yet is waited for, but not reported.
+    assert find_runs([approach / "jsd"], is_live=True) == ([approach / "jsd"], [])
+    with pytest.raises(ConfigError, match="jsd: no such run folder"):
+        find_runs([approach / "fkl", approach / "jsd"], is_live=False)
+
+
+def test_watching_does_not_end_over_evaluations(checkout: Checkout) -> None:
+    out = checkout.root / "out"
+    run = [str(checkout.lens_run), "--watch", "0.2", "--out", str(out)]
+    report_main([*run, "--metrics", "ece", "--baseline", "kd/rkl"])
+    text = read_page(out / "report.html").text
+    assert "--metrics ece: no scores have it yet" in text and "--baseline kd/rkl: not sc" in text
+    assert "22.00" in text
+    cell = checkout.root / "results/eval_main/toy/distill_lens/fkl/seed10/toy/results.json"
+    cell.write_text("{")
+    report_main(run)
+    assert "results.json: not JSON" in read_page(out / "report.html").text
+    arguments = parse_report_arguments(run, "")
+    live = _LivePage(out, arguments)
+    watched = Watched(
+        runs=read_runs([checkout.lens_run]),
+        waiting=(),
+        drawings=Drawings(png=False),
+        live_seconds=2.0,
+    )
+    live.write(watched)
+    assert "results.json: not JSON" in read_page(out / "report.html").text
+
+
+def test_a_teacher_trained_here_is_not_ranked(checkout: Checkout) -> None:
+    config = checkout.lens_run / "config.yaml"
+    teacher = checkout.root / "checkpoints/teacher"
+    config.write_text(config.read_text().replace(str(teacher), str(checkout.sft_run / "best")))
+    out = checkout.root / "out"
+    report_main([str(checkout.lens_run), "--no_lens", "--out", str(out)])
+    text = (out / "scores.md").read_text()
+    assert "Not ranked, as given: sft/sft." in text and "**" not in text
+
+
+def test_many_runs_have_lens_maps_only_when_asked_for(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [checkout.write_run(f"kd/m{n}", seed=n, teacher=True) for n in range(7)]
+    report_main([*map(str, runs)])
+    assert "no lens maps of 7 runs, more than 6: --lens draws them" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="best not found"):
+        report_main([*map(str, runs), "--lens"])
+
+
 def test_run_without_scores_or_metrics_still_reports(checkout: Checkout) -> None:
     run = checkout.write_run("kd/fkl", seed=1, teacher=True)
     (run / "metrics.jsonl").unlink()
@@ -397,6 +481,15 @@ def test_evaluations_are_looked_for_where_evaluate_puts_them() -> None:
     found = evaluation_folder(Path("/a/train/results/train/gpt2/kd/rkl"))
     assert found == Path("/a/train/results/eval_main/gpt2/kd/rkl")
     assert evaluation_folder(Path("/somewhere/else")) is None
+    assert evaluation_folder(Path("/train/somewhere/else")) is None
+
+
+def test_a_sweep_below_a_folder_called_train_is_a_sweep(tmp_path: Path) -> None:
+    run = tmp_path / "results/train/checkout/results/sweeps/toy/kd/seed10"
+    run.mkdir(parents=True)
+    sweep = run.parents[1]
+    (sweep / "sweep.json").write_text("{}")
+    assert evaluation_folder(run) == sweep / "eval/kd/seed10"
 
 
 def test_report_stands_beside_the_runs() -> None:

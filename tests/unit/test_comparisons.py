@@ -14,6 +14,7 @@ import pytest
 from distilllens.errors import DataError
 from distilllens.report.comparison_tables import comparisons_csv, comparisons_markdown
 from distilllens.report.comparisons import MetricComparison, compare_methods
+from distilllens.report.score_files import build_scoreboard
 from distilllens.report.scores import choose_baseline, collect_scores, group_methods
 
 Samples = list[dict[str, object]]
@@ -110,6 +111,8 @@ def test_both_spreads_and_the_verdicts_by_hand(tmp_path: Path) -> None:
     warning = content.warning()
     assert warning is not None and "same" in warning and "up +4.00" in warning
     assert "n = 200 prompts" in warning
+    # Its interval leaves 0 out: the reason must stand beside it.
+    assert "up +4.00 (+4.00 to +4.00, under the noise of the seeds)" in warning
 
 
 @pytest.mark.parametrize(
@@ -171,6 +174,48 @@ def test_average_counts_every_set_the_same(tmp_path: Path) -> None:
     assert average.num_prompts == 120
     (row,) = content.comparisons["average"]
     assert row.bootstrap.mean == pytest.approx(10.0)
+
+
+def test_a_set_of_one_method_takes_nobodys_average(tmp_path: Path) -> None:
+    for name, shift in (("sft", 0.0), ("m", 0.0)):
+        for test_set, n in (("dolly", 100), ("vicuna", 20)):
+            values = [v + shift for v in scores(n, mean=0.4, seed=n + len(name))]
+            write_cell(tmp_path, f"{name}/seed10/{test_set}", samples_of(values))
+    write_cell(tmp_path, "m/seed10/own", samples_of(scores(30, mean=0.9, seed=3)))
+    board = build_scoreboard(group_methods(collect_scores([tmp_path])))
+    content = board.comparisons[0]
+    (row,) = content.comparisons["average"]
+    assert (row.method, row.num_prompts) == ("m", 120)
+    m = content.means["m"]
+    parts = [m[name].resampled.mean for name in ("dolly", "vicuna")]
+    assert m["average"].resampled.mean == pytest.approx(sum(parts) / 2)
+    table = board.tables[0]
+    cells = [table_row.average for table_row in table.rows]
+    assert [cell is not None and cell.mean for cell in cells] == pytest.approx(
+        [m["average"].resampled.mean, content.means["sft"]["average"].resampled.mean]
+    )
+    told = "average is over dolly, vicuna, which all compared methods were scored on; without own"
+    assert any(told in note for note in board.notes)
+    assert told in board.files()["scores.md"].decode()
+
+
+def test_the_warning_is_of_the_last_column_that_has_comparisons(tmp_path: Path) -> None:
+    for name, test_set in (("sft", "dolly"), ("m", "dolly"), ("m", "own")):
+        values = scores(50, mean=0.4, seed=len(name))
+        write_cell(tmp_path, f"{name}/seed10/{test_set}", samples_of(values))
+    (content,), _ = compare(tmp_path, sets=("dolly", "own"))
+    warning = content.warning()
+    assert warning is not None and "Rouge-L, dolly: no difference to sft" in warning
+
+
+def test_a_long_warning_names_the_first_few(tmp_path: Path) -> None:
+    for number in range(9):
+        values = scores(50, mean=0.4, seed=number)
+        write_cell(tmp_path, f"m{number}/seed10/dolly", samples_of(values))
+    (content,), _ = compare(tmp_path)
+    warning = content.warning()
+    assert warning is not None and "m6 " in warning and "m7 " not in warning
+    assert " and 2 more; n = 50 prompts" in warning
 
 
 def test_a_teacher_has_a_mean_but_is_not_compared(tmp_path: Path) -> None:

@@ -210,6 +210,21 @@ def test_score_panel_spans_all_seeds() -> None:
     assert score_panel(ScoreTable(metric="rougeL", sets=("dolly",), rows=rows[1:])) is None
 
 
+def test_names_may_have_dollars_and_underscores() -> None:
+    lines = [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 1.0}]
+    groups = [group_of(lines, "a$^b$"), group_of(lines, "_hidden"), group_of(lines, r"$\frac$")]
+    figure = curve_panels(groups)[0][1].draw(LIGHT)
+    add_legend(figure, LIGHT)
+    svg = figure_svg(figure).decode()  # a formula that is none would end it
+    assert "a$^b$" in svg and r"$\frac$" in svg
+    shown = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+    assert shown == ["a$^b$", "_hidden", r"$\frac$"]
+    cell = Summary(values=(20.0, 24.0))
+    row = Row(label=r"$\frac$", cells={"dolly": cell}, average=cell, unit="sampling seeds")
+    panel = score_panel(ScoreTable(metric="rougeL", sets=("dolly",), rows=(row,)))
+    assert panel is not None and r"$\frac$" in figure_svg(panel.draw(LIGHT)).decode()
+
+
 def test_running_mean_by_hand() -> None:
     # 100 values: the window reaches 2 to each side.
     values = [float(v) for v in range(100)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from distilllens.config import TrainConfig
 from distilllens.report.html import Drawings
@@ -18,6 +20,7 @@ from distilllens.report.run_groups import RunGroup, group_runs
 from distilllens.report.run_progress import Progress, progress_of, seconds_per_step, total_steps
 from distilllens.report.run_record import RunRecord
 from distilllens.report.samples import marked_words
+from distilllens.report.watch import Watched, watch_runs
 
 
 def run_of(
@@ -148,6 +151,36 @@ def test_only_changed_figures_are_drawn_again() -> None:
     assert draw(first) == 2
     assert draw(first) == 0
     assert draw([*first, {"step": 2, "train/loss": 0.5}]) == 1
+
+
+def test_a_page_is_written_when_a_run_falls_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file changes any more; a made-up clock goes on, and after 200 looks comes Ctrl-C."""
+    now = [1000.0]
+    states: list[str] = []
+    (tmp_path / "config.yaml").write_text(
+        f"run: {{output_dir: {tmp_path}}}\nmodel: {{student: s}}\ndata: {{path: d}}\n"
+        "objective: {approach: sft, kd_ratio: 0.0}\n"
+    )
+    (tmp_path / "status.json").write_text('{"state": "running"}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0, "time": 1000.0}\n')
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 1200:
+            raise KeyboardInterrupt
+
+    def write(watched: Watched) -> None:
+        if watched.live_seconds is not None:
+            states.extend(progress_of(run).state_now() for run in watched.runs)
+
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        watch_runs([tmp_path], seconds=1.0, write=write, console=Console(file=io.StringIO()))
+    assert states == ["running", "running, silent for 2 min", "running, silent for 3 min"]
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,15 @@ import pytest
 from rich.console import Console
 
 from distilllens.errors import ConfigError, DataError
+from distilllens.evaluation.metrics_table import LABELS
+from distilllens.report.metrics import metric_of
 from distilllens.report.paper import SAMPLING_SEEDS, STUDENTS, build_paper_table
+from distilllens.report.score_warnings import comparison_warnings
 from distilllens.report.scores import (
     Method,
     choose_baseline,
     chosen_metrics,
     collect_scores,
-    comparison_warnings,
     group_methods,
     prompt_counts,
 )
@@ -46,6 +48,9 @@ def write_result(
     records: str = "abc",
     checkpoint: str = "best",
     more: dict[str, float] | None = None,
+    identity: dict[str, str] | None = None,
+    similarity: str | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Writes METHOD/seedN/SET/results.json as evaluate.py does."""
     folder.mkdir(parents=True)
@@ -57,7 +62,9 @@ def write_result(
         "seed": seed,
         "name": name,
         "checkpoint": checkpoint,
-        "identity": {"records": records},
+        "identity": {"records": records} | (identity or {}),
+        "similarity": {} if similarity is None else {"model": similarity},
+        "dtype": dtype,
         "config": {
             "max_prompt_length": 256,
             "limit": None,
@@ -194,6 +201,60 @@ def test_equal_protocols_give_no_warning(tmp_path: Path) -> None:
     assert comparison_warnings(group_methods(collect_scores([tmp_path]))) == []
 
 
+def test_models_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
+    for seed, weights, model in ((10, "aaa", "mini"), (20, "bbb", "large")):
+        write_result(
+            tmp_path / f"a/seed{seed}/dolly",
+            rouge=1.0,
+            name="a",
+            identity={"weights and tokenizer": weights, "backend": "hf"},
+            similarity=model,
+            more={"similarity": 50.0},
+        )
+    # Two trainings have different weights, as they should.
+    for seed, weights in ((1, "ccc"), (2, "ddd")):
+        write_result(
+            tmp_path / f"b/seed{seed}/seed10/dolly",
+            rouge=1.0,
+            name="b",
+            identity={"weights and tokenizer": weights, "backend": "vllm"},
+            dtype="bfloat16",
+            similarity="unused",
+        )
+    assert comparison_warnings(group_methods(collect_scores([tmp_path]))) == [
+        "a: its seeds are of 2 different models, so their mean is of none of them: "
+        f"{tmp_path}/a/seed10/dolly/results.json, {tmp_path}/a/seed20/dolly/results.json",
+        "the model of the sentence similarity differs: large (a); mini (a)",
+        "the back end of the generation differs: hf (a); vllm (b)",
+        "the precision of the weights differs: bfloat16 (b); float32 (a)",
+    ]
+
+
+def test_token_metrics_of_different_teachers_are_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        more = {"teacher_entropy": 1.0}
+        write_result(tmp_path / f"{name}/seed10/dolly", rouge=1.0, name=name, more=more)
+        measured = tmp_path / name / "token_metrics/dolly.json"
+        measured.parent.mkdir()
+        measured.write_text(json.dumps({"identity": {"teacher": f"t{name}"}}))
+    assert comparison_warnings(group_methods(collect_scores([tmp_path]))) == [
+        "the teacher of the token metrics differs: ta (a); tb (b)"
+    ]
+
+
+def test_a_teacher_that_was_trained_here_does_not_compete(tmp_path: Path) -> None:
+    for name, rouge in (("big/sft/ce", 50.0), ("small/kd/fkl", 20.0)):
+        write_result(tmp_path / name / "seed10/dolly", rouge=rouge, name=name)
+    teacher = (tmp_path / "big/sft/ce").resolve()
+    methods = group_methods(collect_scores([tmp_path]), teachers=[teacher])
+    assert [method.is_given for method in methods] == [True, False]
+    baseline = choose_baseline(methods, None)
+    assert baseline is not None and baseline.label == "small/kd/fkl"
+    # A folder that only begins alike is another one.
+    others = group_methods(collect_scores([tmp_path]), teachers=[tmp_path / "big/sft/c"])
+    assert not any(method.is_given for method in others)
+
+
 def test_terminal_table_holds_every_cell(tmp_path: Path) -> None:
     write_result(tmp_path / "m/seed10/dolly", rouge=20.0)
     write_result(tmp_path / "m/seed20/dolly", rouge=22.0)
@@ -272,6 +333,29 @@ def test_a_metric_that_older_results_lack_is_a_dash(tmp_path: Path) -> None:
         chosen_metrics(methods, ["rep_3"])
     with pytest.raises(ConfigError, match="--metrics num"):
         chosen_metrics(methods, ["num"])
+
+
+def test_what_is_measured_once_per_set_has_no_spread_of_seeds(tmp_path: Path) -> None:
+    for seed in (10, 20, 30):
+        write_result(tmp_path / f"one/seed{seed}/dolly", rouge=1.0, name="one", more={"ece": 7.0})
+    for training, ece in ((1, 4.0), (2, 8.0)):
+        for seed in (10, 20, 30):
+            folder = tmp_path / f"two/seed{training}/seed{seed}/dolly"
+            write_result(folder, rouge=1.0, name="two", more={"ece": ece})
+    table = build_table(group_methods(collect_scores([tmp_path])), metric="ece")
+    assert table.lines() == [["one", "1", "7.00"], ["two", "2", "6.00 ± 2.83"]]
+    assert [row.unit for row in table.rows] == ["training seeds"] * 2
+    assert table.marks().best == {(1, 2)}  # a smaller error is better
+
+
+def test_every_metric_of_evaluate_has_a_title_and_a_direction() -> None:
+    neither = {"mean_tokens", "mean_words", "entropy", "teacher_entropy", "entropy_gap"}
+    for name in set(LABELS) - {"num"} | {"rougeL", "ex_acc_err_se"}:
+        metric = metric_of(name)
+        assert metric.title != name
+        assert (metric.better is None) == (name in neither), name
+    assert {metric_of(n).better for n in ("nll", "perplexity", "kl_teacher_student")} == {"smaller"}
+    assert metric_of("agreement").better == metric_of("top1").better == "larger"
 
 
 def test_what_is_no_number_is_no_metric(tmp_path: Path) -> None:
