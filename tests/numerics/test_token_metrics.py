@@ -108,6 +108,7 @@ def measure(
         TEXTS,
         teacher=None if teacher is None else TokenScorer(teacher, num_tokens=VOCAB),
         advance=ignore,
+        batch_tokens=40,  # now and then fewer than batch_size fit
         **options,
     )
 
