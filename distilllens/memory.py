@@ -410,16 +410,26 @@ def stages_table(
     plan: Plan, world_size: int, counts: RunCounts, device: torch.device | None = None
 ) -> Table:
     """Returns what each ZeRO stage would need with the same options and processes."""
-    table = Table(title=f"the same with other ZeRO stages, {world_size} processes")
-    for head in ("stage", "GB per process", "in main memory"):
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    table = Table(
+        title=f"GB per process by ZeRO stage, {processes}; in brackets the logits' chunks of the "
+        "loss where another moment needs more"
+    )
+    shown = ("student weights", "optimizer", "teacher weights", "activations")
+    for head in ("stage", *shown, "logits", "rest", "total", "in main memory"):
         table.add_column(head, justify="left" if head == "stage" else "right")
     for stage in range(4):
         name = f"{stage}, this file" if stage == plan.zero_stage else str(stage)
         if stage == 0 and plan.dtype != torch.float32:
             continue  # it is refused
         estimate = estimate_memory(at_stage(plan, stage), world_size, counts=counts, device=device)
+        parts = [estimate.device.get(purpose) for purpose in shown]
+        chunks = estimate.device.get("loss")
+        rest = estimate.total - sum(part or 0 for part in (*parts, chunks))
+        logits = f"({counts.step.loss / 1e9:.2f})" if chunks is None else _figure(chunks)
         host = _figure(sum(estimate.host.values()) or None)
-        table.add_row(name, _figure(estimate.total), host)
+        figures = (*map(_figure, parts), logits, _figure(rest), _figure(estimate.total), host)
+        table.add_row(name, *figures)
     return table
 
 

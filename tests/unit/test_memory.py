@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -324,6 +325,11 @@ def test_other_stages_are_told_and_the_own_is_marked(
     counts = count_run(plan(), BATCH, CPU)
     text = shown(stages_table(plan(), 2, counts, CPU))
     assert "1, this file" in text and "│ 0 " in text and "│ 3 " in text
+    for line in (line for line in text.splitlines() if re.match(r"│ \d", line)):
+        *parts, total, host = (cell.strip() for cell in line.strip("│").split("│")[1:])
+        counted = sum(float(part) for part in parts if part and not part.startswith("("))
+        assert counted == pytest.approx(float(total), abs=0.04) and host == ""
+        assert float(parts[4].strip("()")) == pytest.approx(counts.step.loss / 1e9, abs=0.01)
     bf16 = plan("--deepspeed", workspace.deepspeed(2, "bf16"))
     text = shown(stages_table(bf16, 2, counts, CPU))
     assert "2, this file" in text and "│ 0 " not in text, "bf16 needs stage 1 or more"
