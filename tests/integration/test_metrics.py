@@ -125,7 +125,10 @@ def test_measures_join_cells_that_are_finished() -> None:
     assert set(both["metrics"]) - set(first["metrics"]) == TOKEN_NAMES
     assert both["metrics"]["nll"] == pytest.approx(alone["metrics"]["nll"], rel=1e-6)
     assert Path("out/seed10/words/samples.jsonl").read_bytes() == samples
-    assert {**both, "metrics": None} == {**first, "metrics": None}
+    beside = {"metrics": None, "measures": None}
+    assert {**both, **beside} == {**first, **beside}
+    assert run("--token_metrics", sets="[words]") == 0  # without a teacher: none of its numbers
+    assert read("seed10/words/results.json")["metrics"] == alone["metrics"]
 
 
 @pytest.mark.usefixtures("place")
@@ -139,6 +142,12 @@ def test_another_teacher_is_measured_anew(
     after = read("seed10/words/results.json")["metrics"]
     assert after["kl_teacher_student"] != before["kl_teacher_student"]
     assert after["rougeL"] == before["rougeL"]
+    assert "ex_acc_err" in after
+    tiny_gpt2(n_positions=256, vocab=320, n_layer=4, seed=7).save_pretrained("teacher")
+    assert run("--token_metrics", "--teacher", "teacher", sets="[words]", seeds="[10]") == 0
+    third = read("seed10/words/results.json")["metrics"]
+    # Numbers of two teachers must not stand side by side.
+    assert "kl_teacher_student" in third and "ex_acc_err" not in third
 
 
 @pytest.mark.usefixtures("place")
