@@ -110,12 +110,12 @@ def running(server: Server) -> Iterator[str]:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             headers = {name.lower(): value for name, value in self.headers.items()}
             action = server.begin(json.loads(content), headers)
+            time.sleep(action.sleep)
+            server.end()  # before the reply: the client sends its next request when it has it
             with suppress(OSError):  # a client that has given up
                 self.answer(action)
-            server.end()
 
         def answer(self, action: Action) -> None:
-            time.sleep(action.sleep)
             if action.reset:
                 linger = struct.pack("ii", 1, 0)  # close with RST
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
