@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.errors import ConfigError
@@ -91,8 +92,10 @@ class LLM:
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[LLM]]:
-    """A stand-in for the package, as far as it is used."""
+def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[LLM]]:
+    """A stand-in for the package, as far as it is used; and the folder of a model's config."""
+    GPT2Config(n_positions=1024).save_pretrained(tmp_path / "folder")
+    monkeypatch.chdir(tmp_path)
     package: Any = ModuleType("vllm")
     package.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     package.LLM, package.SamplingParams = LLM, SamplingParams
@@ -144,6 +147,9 @@ def test_what_vllm_is_told(vllm: type[LLM], tiny_tokenizer: PreTrainedTokenizerF
     answers(tiny_tokenizer, indices=[2, 1, 0])
     first, second = vllm.made
     assert first.options["max_model_len"] == 69
+    GPT2Config(n_positions=64).save_pretrained("folder")
+    answers(tiny_tokenizer)
+    assert vllm.made[-1].options["max_model_len"] == 64  # no more than there are positions
     assert first.options["generation_config"] == "vllm"
     params = first.calls[0][1]
     assert {(p.temperature, p.top_p, p.top_k) for p in params} == {(0.7, 0.9, -1)}
@@ -182,6 +188,15 @@ def test_missing_package_and_foreign_options_are_refused(
     with pytest.raises(ConfigError, match=r"backend=vllm needs vllm") as caught:
         vllm_backend.VllmModel(CONFIG)
     assert "bash scripts/setup.sh vllm" in caught.value.fix
+
+
+def test_several_processes_are_refused(
+    vllm: type[LLM], tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="runs in one process"):
+        answers(tiny_tokenizer)
+    assert vllm.made == []
 
 
 def test_results_of_the_two_are_told_apart() -> None:
