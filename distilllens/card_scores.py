@@ -11,7 +11,7 @@ from typing import Any
 
 from distilllens.evaluation.provenance import checkpoint_fingerprint
 from distilllens.evaluation.results import mean_and_sd, read_result
-from distilllens.report.scores import Score, collect_scores
+from distilllens.report.scores import Score, collect_scores, evaluation_folder
 
 Settings = tuple[tuple[str, str], ...]
 """How answers were generated: names, and values as JSON."""
@@ -79,10 +79,6 @@ def scores_of_model(folder: Path, evaluations: Sequence[Path]) -> list[CardScore
 
 def mirrored_evaluations(run: Path) -> list[Path]:
     """Returns where evaluate.py puts the results of a run, if anything is there."""
-    from distilllens.report.command import (
-        evaluation_folder,
-    )  # loads matplotlib; a training must not
-
     mirrored = evaluation_folder(run)
     return [mirrored] if mirrored is not None and mirrored.is_dir() else []
 

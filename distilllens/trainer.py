@@ -33,10 +33,11 @@ from distilllens.data.collate import collate_columns
 from distilllens.data.encode import tokenizer_fingerprint
 from distilllens.data.records import Record, read_records
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import CheckpointError, UserError
+from distilllens.errors import CheckpointError
 from distilllens.evaluation.plan import no_usable_prompt
 from distilllens.evaluation.prompts import fit_prompts
 from distilllens.evaluation.protocol import evaluate_dev_generations
+from distilllens.evaluation.shares import own_share
 from distilllens.families import base_model
 from distilllens.faults import reach
 from distilllens.layer_choice import pair_records
@@ -362,12 +363,11 @@ class Trainer:
 
     def _evaluate_saved(self) -> None:
         try:
-            self.evaluate()
+            with own_share():  # its prompts may be those of this process alone
+                self.evaluate()
         except Stopped:
             raise
-        except Exception as error:
-            if isinstance(error, UserError) and self.world_size > 1:
-                error.everywhere = False  # its prompts may be those of this process alone
+        except Exception:
             self.tracker.say(
                 f"the evaluation failed, but step {self.state.step} is saved; to score it: "
                 f"python -m distilllens export {self.folder.root} --to DIR, "

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from distilllens.config import SamplingConfig
 from distilllens.data.encode import encode_prompts
 from distilllens.divergence import forward_kl
-from distilllens.evaluation.generation import generate_answers
+from distilllens.evaluation.generation import generate_answers, get_eos_id
 from distilllens.evaluation.teacher_forcing import TokenScorer, TokenText, score_texts
 
 ROUNDING = 1e-6
@@ -95,7 +95,7 @@ def measure_exposure_bias(
         texts = [
             TokenText(
                 prompt_ids=prompt,
-                response_ids=[*answer.ids, *([] if answer.truncated else [_eos_id(tokenizer)])],
+                response_ids=[*answer.ids, *([] if answer.truncated else [get_eos_id(tokenizer)])],
             )
             for prompt, answer in zip(prompt_ids, answers, strict=True)
         ]
@@ -111,10 +111,6 @@ def measure_exposure_bias(
         lengths.append(np.array([len(text.response_ids) for text in texts]))
     student_errors_PL, teacher_errors_PL = errors
     return excess_accumulated_error(student_errors_PL, teacher_errors_PL, *lengths)
-
-
-def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.eos_token_id)
 
 
 def _step_errors(

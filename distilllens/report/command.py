@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distilllens.errors import ConfigError, StorageError, UserError
+from distilllens.errors import ConfigError, UserError
 from distilllens.report.arguments import ReportArguments, parse_report_arguments
 from distilllens.report.build import Evaluations, build_page
 from distilllens.report.html import Drawings, Page, PageFigure, render_page
 from distilllens.report.lens_map import entropy_csv, lens_map_csv
+from distilllens.report.output import check_writable, wide_console, write_file
 from distilllens.report.run_maps import MapOptions, RunMaps, build_run_maps
 from distilllens.report.run_record import RunRecord, find_runs, read_runs, report_folder
 from distilllens.report.run_table import runs_to_rich
@@ -53,11 +54,11 @@ def report_main(argv: Sequence[str] | None = None) -> int:
         KeyboardInterrupt: Ctrl-C; a watched page was written as it stands.
     """
     arguments = parse_report_arguments(argv, __doc__ or "")
-    console = _console()
+    console = wide_console()
     folders, notes = find_runs(arguments.runs, is_live=arguments.watch is not None)
     out = arguments.out or report_folder(folders)
     if arguments.watch is not None:
-        _check_writable(out)
+        check_writable(out)
         watch_runs(
             folders,
             seconds=arguments.watch,
@@ -81,7 +82,7 @@ def _report(
     runs = read_runs(folders)
     collect = _collect_evaluations if arguments.watch is None else _collect_what_is_there
     evaluations = collect(runs, arguments.eval, arguments)
-    _check_writable(out)
+    check_writable(out)
     maps, map_notes = _collect_maps(runs, arguments, console)
     page = build_page(runs, evaluations, maps, notes=[*notes, *map_notes], drawings=Drawings())
     _write_all(out, page, evaluations.scores, maps)
@@ -117,13 +118,7 @@ class _LivePage:
             waiting=watched.waiting,
             live_seconds=watched.live_seconds,
         )
-        _write_file(self.out / "report.html", _page_bytes(page))
-
-
-def _console() -> Console:
-    """Returns a console that does not squeeze tables into 80 columns when it is a file or pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+        write_file(self.out / "report.html", _page_bytes(page))
 
 
 def _collect_evaluations(
@@ -249,22 +244,6 @@ def _collect_maps(
     return build_run_maps(runs, options, console)
 
 
-def _check_writable(out: Path) -> None:
-    """Makes the output folder before minutes of work, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _storage_error(out, error) from None
-    if not os.access(out, os.W_OK):
-        raise StorageError(f"{out} is not writable", fix="choose another folder with --out")
-
-
-def _storage_error(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"cannot write {path}", why=str(error), fix="choose another folder with --out"
-    )
-
-
 def _write_all(out: Path, page: Page, scores: Scoreboard, maps: Sequence[RunMaps]) -> None:
     """Writes every file of the report; report.html last, so that it never stands alone."""
     files = scores.files()
@@ -281,21 +260,10 @@ def _write_all(out: Path, page: Page, scores: Scoreboard, maps: Sequence[RunMaps
         files[f"lens_map_{number}_entropy.csv"] = entropies.encode()
     files["report.html"] = _page_bytes(page)
     for name, content in files.items():
-        _write_file(out / name, content)
+        write_file(out / name, content)
 
 
 def _page_bytes(page: Page) -> bytes:
     """Returns the page as a file has it."""
     # A lone surrogate out of a broken sample cannot be UTF-8.
     return render_page(page).encode(errors="backslashreplace")
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Writes beside the file and renames, so that no reader sees a half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _storage_error(path, error) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distilllens.config import ModelConfig
-from distilllens.errors import ConfigError, StorageError
+from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
 from distilllens.lens_matrix import LensMap
 from distilllens.report.lens_curves import plot_statistic
@@ -32,6 +31,7 @@ from distilllens.report.lens_page import render_lens_page, short_path, shown_val
 from distilllens.report.lens_plots import colour_limit, plot_lens_change, plot_lens_map
 from distilllens.report.lens_statistics import STATISTICS, Statistic
 from distilllens.report.lens_study import Source, Study, StudySettings, build_study
+from distilllens.report.output import check_writable, write_file
 from distilllens.report.plots import Panel
 from distilllens.report.run_record import RunRecord, read_runs
 from distilllens.report.style import LIGHT, figure_png, figure_svg
@@ -64,7 +64,8 @@ def lens_main(argv: Sequence[str] | None = None) -> int:
     settings = _settings(arguments)
     out = arguments.out or default_folder(settings)
     figures = out / "figures"
-    _check_writable(figures)
+    for folder in (out, figures):
+        check_writable(folder)
     console = Console()
     study = build_study(settings, console)
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
@@ -73,14 +74,14 @@ def lens_main(argv: Sequence[str] | None = None) -> int:
     page = render_lens_page(study, document, footer=f"Written {written} by {command}.")
     for panel in study_panels(study):
         figure = panel.draw(LIGHT)
-        _write(figures / f"{panel.name}.png", figure_png(figure))
-        _write(figures / f"{panel.name}.svg", figure_svg(figure, outlines=True))
-    _write(out / "layers.csv", layers_csv(study).encode())
-    _write(out / "divergence.csv", divergence_csv(study).encode())
+        write_file(figures / f"{panel.name}.png", figure_png(figure))
+        write_file(figures / f"{panel.name}.svg", figure_svg(figure, outlines=True))
+    write_file(out / "layers.csv", layers_csv(study).encode())
+    write_file(out / "divergence.csv", divergence_csv(study).encode())
     if study.samples:
-        _write(out / "tokens.csv", tokens_csv(study).encode())
-    _write(out / "lens.json", (json.dumps(document, allow_nan=False) + "\n").encode())
-    _write(out / "lens.html", page.encode())
+        write_file(out / "tokens.csv", tokens_csv(study).encode())
+    write_file(out / "lens.json", (json.dumps(document, allow_nan=False) + "\n").encode())
+    write_file(out / "lens.html", page.encode())
     console.print(_last_layers(study))
     # Not through rich, which would break a long path into lines.
     print(f"{out / 'lens.html'} ({len(page.encode()) / 1e6:.2f} MB)")
@@ -323,29 +324,3 @@ def _last_layers(study: Study) -> Table:
         values = [float(model.statistics[statistic.key][-1]) for model in study.models]
         table.add_row(statistic.title, *(shown_value(statistic, value) for value in values))
     return table
-
-
-def _check_writable(folder: Path) -> None:
-    """Makes the output folders before minutes of work, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _storage_error(folder, str(error)) from None
-    for place in (folder.parent, folder):
-        if not os.access(place, os.W_OK):
-            raise _storage_error(place, "it is not writable")
-
-
-def _storage_error(path: Path, why: str) -> StorageError:
-    return StorageError(f"cannot write {path}", why=why, fix="choose another folder with --out")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _storage_error(path, str(error)) from None

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from distilllens.errors import EXIT_OK, ConfigError
 from distilllens.lock import locked
+from distilllens.report.output import wide_console
 from distilllens.report.tables import rich_table
 from distilllens.runs import create_run_folder, is_finished, shown_command
 from distilllens.sweep.cells import (
@@ -58,7 +59,7 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     sweep = read_sweep(arguments.file)
     sweep = _override(sweep, arguments)
     check_extra_flags(sweep, extra)
-    console = _console()
+    console = wide_console()
     if arguments.table_only:
         _write_table(sweep, choose_runs(sweep), console)
         return EXIT_OK
@@ -121,12 +122,6 @@ def _override(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
             "records in a step",
         )
     return sweep
-
-
-def _console() -> Console:
-    """Returns a console that does not squeeze tables into 80 columns when it is a file or pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=220)
 
 
 def _checked_cells(sweep: Sweep, extra: Sequence[str], console: Console) -> list[Cell]:
