@@ -230,7 +230,7 @@ def test_an_error_of_an_evaluation_may_be_one_processs_own(
         raise ConfigError("prompt 3 has 999 tokens")
 
     monkeypatch.setattr(Trainer, "evaluate", fail)
-    monkeypatch.setattr(run.trainer, "world_size", processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     with pytest.raises(ConfigError) as caught:
         run.trainer._evaluate_saved()
     assert caught.value.everywhere == everywhere
