@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from distilllens.card_facts import (
     CardFacts,
@@ -24,12 +23,8 @@ from distilllens.config import load_config
 from distilllens.errors import ConfigError, StorageError
 from distilllens.libraries import quiet_libraries
 from distilllens.model_card import CARD, UNKNOWN, own_licence, write_card
+from distilllens.parsing import CommandParser
 from distilllens.runs import is_finished, read_status
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, fix="python -m distilllens card --help")
 
 
 def facts_of_model(folder: Path) -> CardFacts:
@@ -101,7 +96,7 @@ def card_main(argv: Sequence[str] | None = None) -> int:
         DataError: A damaged file.
         StorageError: The card cannot be written.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m distilllens card",
         description="Write the model card of an exported model (again): README.md, with the scores "
         "of evaluations of these very weights.",

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
+from annotated_types import Ge, Interval
 
 from distilllens.errors import ConfigError
 from distilllens.parsing import parse_arguments, raise_problems
+from distilllens.ranges import Count, InnerShare, Positive, Share, Weight, Whole
 
 CE_ONLY = ("sft", "seqkd")
 """Approaches that compare with no teacher."""
@@ -37,8 +39,8 @@ class RunConfig:
     """Folder of this run: latest/, best/, metrics.jsonl, config.yaml, log.txt."""
     name: str | None = None
     """Name in reports and trackers; default: the last parts of output_dir."""
-    seed: int = 10
-    """Seed of data order, dropout and initialisation (any integer ≥ 0)."""
+    seed: Whole = 10
+    """Seed of data order, dropout and initialisation."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of output_dir, or start; must: go on or fail;
     never: start in an empty folder; or the PATH of a checkpoint."""
@@ -50,20 +52,20 @@ class RunConfig:
     timeout: str = "00:30:00"
     """Time HH:MM:SS that processes wait for one another, for example while one tokenises, before
     they take the others for dead and end with exit code 7."""
-    keep: int = 2
-    """Newest checkpoints that stay (≥ 2); the one that the run went on from stays besides."""
+    keep: Annotated[int, Ge(2)] = 2
+    """Newest checkpoints that stay; the one that the run went on from stays besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """A low-rank adapter on every linear layer of the student's blocks."""
 
-    r: int = 8
-    """Rank (≥ 1)."""
+    r: Count = 8
+    """Rank."""
     alpha: float = 32.0
     """Scale; the update is multiplied by alpha / r."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input, in [0, 1)."""
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +123,11 @@ class DataConfig:
     processed: str | None = None
     """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY, or with generated
     answers processed_data/NAME/generated-FOLDER/FAMILY."""
-    max_length: int = 512
+    max_length: Annotated[int, Ge(2)] = 512
     """Longest prompt + response in tokens; longer responses are cut."""
-    max_prompt_length: int = 256
+    max_prompt_length: Count = 256
     """Longest prompt in tokens; records with longer prompts are dropped, counted and told."""
-    train_size: int | None = None
+    train_size: Count | None = None
     """Use only the first N training records; default: all."""
     bad_lines: Literal["error", "skip"] = "error"
     """What a broken record does: stop with file and line, or skip it and count."""
@@ -140,21 +142,21 @@ class DataConfig:
 class LensConfig:
     """The divergence between the lenses of paired layers."""
 
-    coeff: float = 1.0
-    """λ, the weight of the lens term against the final divergence (≥ 0)."""
+    coeff: Weight = 1.0
+    """λ, the weight of the lens term against the final divergence."""
     divergence: DivergenceKind = "jsd"
     """Kind of divergence; the method asks for a symmetric one: jsd or fkl+rkl."""
-    beta: float = 0.5
-    """Weight of the teacher in the jsd's mixture, in (0, 1)."""
-    top_k: int | None = None
+    beta: InnerShare = 0.5
+    """Weight of the teacher in the jsd's mixture."""
+    top_k: Count | None = None
     """As objective.top_k, for the lens: each layer's own likeliest tokens; default: all tokens."""
-    mu: float = 0.5
-    """akl: cumulative teacher probability of the head, in (0, 1)."""
-    alpha: float = 0.1
-    """skew_fkl, skew_rkl: share of the KL's first argument in the mixture, in (0, 1)."""
-    fkl_coeff: float = 1.0
+    mu: InnerShare = 0.5
+    """akl: cumulative teacher probability of the head."""
+    alpha: InnerShare = 0.1
+    """skew_fkl, skew_rkl: share of the KL's first argument in the mixture."""
+    fkl_coeff: Weight = 1.0
     """fkl+rkl: weight of the forward KL; unequal weights make the lens asymmetric."""
-    rkl_coeff: float = 1.0
+    rkl_coeff: Weight = 1.0
     """fkl+rkl: weight of the reverse KL."""
     norm: Literal["final", "none"] = "final"
     """final: the model's own final norm before the head; none: as in the published code."""
@@ -171,12 +173,12 @@ class LensConfig:
     model's last; explicit: teacher_layers and student_layers must be given; lens_similarity: the
     student blocks of proportional, each with the teacher block whose lens is most like its own
     before training, in order. No rule takes a model's last block."""
-    count: int = 5
-    """Number of pairs of proportional, last_k and lens_similarity (≥ 1)."""
-    every: int | None = None
-    """every_n: the n (≥ 1)."""
-    sample: int = 32
-    """lens_similarity: training records to measure on, drawn by run.seed (≥ 1)."""
+    count: Count = 5
+    """Number of pairs of proportional, last_k and lens_similarity."""
+    every: Count | None = None
+    """every_n: the n."""
+    sample: Count = 32
+    """lens_similarity: training records to measure on, drawn by run.seed."""
     weights: list[float] | None = None
     """One weight for each pair, in order, scaled to a mean of 1; default: all equal."""
     depth_weights: Literal["equal", "deeper", "shallower"] = "equal"
@@ -185,8 +187,8 @@ class LensConfig:
     schedule: Literal["constant", "ramp", "decay"] = "constant"
     """λ over the run; ramp: rises in a line from 0, then stays; decay: falls in a line to 0 at the
     last step."""
-    schedule_share: float = 0.5
-    """Share of all steps in which λ rises or falls, in (0, 1]."""
+    schedule_share: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    """Share of all steps in which λ rises or falls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +200,8 @@ class HiddenConfig:
     equally.
     """
 
-    coeff: float = 0.0
-    """Weight of the hidden-state term against the final divergence (≥ 0); 0: none. For kd and
+    coeff: Weight = 0.0
+    """Weight of the hidden-state term against the final divergence; 0: none. For kd and
     distill_lens."""
     loss: Literal["mse", "cosine"] = "mse"
     """mse: mean squared difference over the teacher's width; cosine: 1 − cosine of both rows."""
@@ -214,22 +216,22 @@ class ObjectiveConfig:
     divergence; distill_lens: with the lens too."""
     divergence: DivergenceKind = "rkl"
     """Divergence between the final distributions of teacher and student."""
-    kd_ratio: float = 1.0
-    """ρ in [0, 1]: the share of distillation against cross entropy on the records' answers."""
-    temperature: float = 1.0
+    kd_ratio: Share = 1.0
+    """ρ, the share of distillation against cross entropy on the records' answers."""
+    temperature: Positive = 1.0
     """Both logits are divided by T and the final divergence is multiplied by T²; lens: T = 1."""
-    beta: float = 0.5
-    """Weight of the teacher in the jsd's mixture, in (0, 1)."""
-    mu: float = 0.5
-    """akl: cumulative teacher probability of the head, in (0, 1)."""
-    alpha: float = 0.1
-    """skew_fkl, skew_rkl: share of the KL's first argument in the mixture, in (0, 1)."""
-    fkl_coeff: float = 1.0
+    beta: InnerShare = 0.5
+    """Weight of the teacher in the jsd's mixture."""
+    mu: InnerShare = 0.5
+    """akl: cumulative teacher probability of the head."""
+    alpha: InnerShare = 0.1
+    """skew_fkl, skew_rkl: share of the KL's first argument in the mixture."""
+    fkl_coeff: Weight = 1.0
     """fkl+rkl: weight of the forward KL."""
-    rkl_coeff: float = 1.0
+    rkl_coeff: Weight = 1.0
     """fkl+rkl: weight of the reverse KL."""
-    top_k: int | None = None
-    """Compare the teacher's k likeliest tokens and one bucket for all others (≥ 1); default: all
+    top_k: Count | None = None
+    """Compare the teacher's k likeliest tokens and one bucket for all others; default: all
     tokens."""
     normalization: Literal["global_tokens"] = "global_tokens"
     """Mean over the response tokens of the whole global batch: all ranks, all micro-batches."""
@@ -243,25 +245,25 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW, the learning rate's course and the length of the run."""
 
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Peak learning rate."""
-    lr_min: float = 1e-7
+    lr_min: Weight = 1e-7
     """Final learning rate of the cosine and linear schedules."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warmup."""
-    warmup: float = 0.0
+    warmup: Weight = 0.0
     """Linear warmup: optimizer steps if ≥ 1, share of all steps if < 1."""
-    weight_decay: float = 1e-2
+    weight_decay: Weight = 1e-2
     """Weight decay of matrices; norms and biases are never decayed."""
-    clip_grad: float = 1.0
+    clip_grad: Weight = 1.0
     """Largest norm of the gradient over all parameters; 0: no clipping."""
-    epochs: int = 20
+    epochs: Count = 20
     """Passes over the training records."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Optimizer steps in all; overrides epochs."""
-    micro_batch_size: int = 4
+    micro_batch_size: Count = 4
     """Records per process and micro-batch."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Micro-batches per optimizer step."""
 
 
@@ -269,22 +271,22 @@ class OptimConfig:
 class SamplingConfig:
     """How a model answers prompts."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Records per process and batch, at most."""
-    batch_tokens: int = 16384
+    batch_tokens: Count = 16384
     """Tokens per process and batch, at most; each record counts as the longest prompt and the
     longest answer. Too little memory halves it and goes on; answers do not depend on it."""
     do_sample: bool = True
     """Sample; false: greedy."""
-    temperature: float = 1.0
-    """Sampling temperature (> 0)."""
-    top_p: float = 1.0
-    """Nucleus: smallest set of tokens with this probability, in (0, 1]."""
-    top_k: int = 0
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Nucleus: smallest set of tokens with this probability."""
+    top_k: Whole = 0
     """Keep the k likeliest tokens; 0: all."""
-    no_repeat_ngram_size: int = 6
+    no_repeat_ngram_size: Whole = 6
     """No n-gram of this size occurs twice; 0: off."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Longest answer in tokens."""
 
 
@@ -292,13 +294,13 @@ class SamplingConfig:
 class EvalConfig(SamplingConfig):
     """Dev evaluation in training and the final evaluation: one set of settings."""
 
-    every: int | None = None
+    every: Count | None = None
     """Optimizer steps between dev evaluations; default: once an epoch and at the end."""
-    dev_size: int = 1000
+    dev_size: Whole = 1000
     """Records at the head of raw.jsonl that are held out as the dev set."""
     metric: Literal["loss", "rougeL"] = "loss"
     """What chooses best/: token-weighted dev loss, or Rouge-L of generated dev answers."""
-    seeds: list[int] = field(default_factory=lambda: [10, 20, 30, 40, 50])
+    seeds: list[Whole] = field(default_factory=lambda: [10, 20, 30, 40, 50])
     """Sampling seeds; the dev evaluation uses the first."""
     long_prompts: Literal["cut", "drop"] = "cut"
     """Prompts over max_prompt_length. cut: the middle of their input (or instruction) is left out,
@@ -309,17 +311,17 @@ class EvalConfig(SamplingConfig):
 class GenerateConfig(SamplingConfig):
     """The teacher's answers to the training prompts; read by `python -m distilllens generate`."""
 
-    samples: int = 1
+    samples: Count = 1
     """Answers to each prompt."""
-    seed: int = 10
-    """With a prompt's place in the file it fixes the prompt's random numbers (≥ 0)."""
-    no_repeat_ngram_size: int = 0
+    seed: Whole = 10
+    """With a prompt's place in the file it fixes the prompt's random numbers."""
+    no_repeat_ngram_size: Whole = 0
     """No n-gram of this size occurs twice, the prompt's own among them; 0: off. Any other number
     keeps answers from quoting that much of their input."""
     keep_truncated: bool = True
     """Keep answers that ended by length. They are trained on without an end-of-text token, as
     they do not end; without them, short answers would be too many."""
-    limit: int | None = None
+    limit: Count | None = None
     """Answer only the first N training prompts; default: all."""
 
 
@@ -327,7 +329,7 @@ class GenerateConfig(SamplingConfig):
 class TrackingConfig:
     """What is logged, how often and where."""
 
-    log_every: int = 10
+    log_every: Count = 10
     """Optimizer steps between lines of metrics.jsonl and of the screen."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Mirror the metrics to Weights & Biases; it can never stop a run."""
@@ -373,10 +375,10 @@ class EvaluateConfig:
         default_factory=lambda: ["dolly", "self_inst", "vicuna", "sinst", "uinst"]
     )
     """Names of sets: folders of data_dir with a valid.jsonl."""
-    limit: int | Literal["all"] | None = None
+    limit: Count | Literal["all"] | None = None
     """Use only the first N prompts of each set, or all; default: the protocol's number, which is
     all but for uinst (10,000)."""
-    max_prompt_length: int = 256
+    max_prompt_length: Count = 256
     """Longest prompt in tokens; eval.long_prompts says what becomes of longer ones."""
     bad_lines: Literal["error", "skip"] = "error"
     """What a broken record does: stop with file and line, or skip it and count."""
@@ -392,7 +394,7 @@ class EvaluateConfig:
     revision: str | None = None
     """Commit hash of the hub repository."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    score_workers: int = 1
+    score_workers: Whole = 1
     """Processes beside each generating one that score answers meanwhile, where there are enough to
     be worth it; 0: none. The results are the same."""
     similarity: str | None = None
@@ -417,7 +419,7 @@ class EvaluateConfig:
     with limit and eval.batch_size; results go to OUTPUT_DIR/harness/TASK."""
     harness_path: str | None = None
     """Folder of own tasks (YAML) for harness; functions that they name run as code."""
-    harness_fewshot: int | None = None
+    harness_fewshot: Whole | None = None
     """Examples before each question of harness; default: the task's own number."""
     overwrite: bool = False
     """Score again what has a results.json already, from the first answer on; default: skip what is
@@ -447,37 +449,37 @@ class JudgeConfig:
     the endpoint asks for none."""
     sets: list[str] | None = None
     """Sets to judge; default: all that are finished in A."""
-    seeds: list[int] | None = None
+    seeds: list[Whole] | None = None
     """Sampling seeds to judge; default: all that are finished in A."""
-    limit: int | None = None
+    limit: Count | None = None
     """Judge only the first N prompts of each set; default: all."""
     grade_references: bool = True
     """Score each prompt's first reference too, once, and tell the ratio; not with against."""
-    temperature: float | None = 0.0
-    """The judge's sampling temperature (≥ 0); null: not sent, for models that refuse it."""
-    max_tokens: int = 512
+    temperature: Weight | None = 0.0
+    """The judge's sampling temperature; null: not sent, for models that refuse it."""
+    max_tokens: Count = 512
     """Longest reply of the judge in tokens."""
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the endpoint calls that limit."""
-    asks: int = 3
+    asks: Count = 3
     """Times that a question is asked until the reply holds a verdict; then it is unparsed."""
-    concurrency: int = 4
+    concurrency: Count = 4
     """Requests under way at a time."""
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     """Seconds for one request, from its start to the last byte."""
-    retries: int = 5
+    retries: Whole = 5
     """Further tries after 429, 500 to 599, a time-out or a broken connection."""
-    wait: float = 1.0
+    wait: Weight = 1.0
     """Seconds before the first of them, doubled each time, with jitter; Retry-After comes first."""
-    max_wait: float = 60.0
+    max_wait: Weight = 60.0
     """Longest wait in seconds; an endpoint that asks for a longer one is not waited for."""
-    input_price: float | None = None
+    input_price: Weight | None = None
     """Price of a million input tokens; with output_price the cost is counted."""
-    output_price: float | None = None
+    output_price: Weight | None = None
     """Price of a million output tokens."""
-    max_cost: float | None = None
+    max_cost: Weight | None = None
     """Stop, with code 75, before this command's requests can cost more; needs both prices."""
-    max_requests: int | None = None
+    max_requests: Count | None = None
     """Stop, with code 75, after this many requests of this command, tries included."""
     output_dir: str | None = None
     """Default: A/judge/MODEL. Requests are kept there in cache.jsonl and never paid twice."""
@@ -515,11 +517,7 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") ->
 def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Reads an evaluation configuration; the same form and errors as `load_config`."""
     config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
-    problems = eval_problems(config.eval) + name_problems("name", config.name)
-    problems += measure_problems(config)
-    if config.harness_fewshot is not None and config.harness_fewshot < 0:
-        problems.append(f"harness_fewshot={config.harness_fewshot} must be ≥ 0")
-    raise_problems(problems)
+    raise_problems(evaluate_problems(config))
     return config
 
 
@@ -568,16 +566,14 @@ def parse_wall_time(text: str, name: str = "run.max_wall_time") -> float:
 
 
 def train_problems(config: TrainConfig) -> list[str]:
-    """Returns every value of a training configuration that is out of range or in conflict."""
-    run, model, data = config.run, config.model, config.data
-    objective, lens, optim = config.objective, config.objective.lens, config.optim
-    hidden = objective.hidden
-    needs_teacher = objective.approach not in CE_ONLY and objective.kd_ratio > 0
+    """Returns the options of a training that are in conflict; ranges stand at the fields."""
+    model, data, objective, optim = config.model, config.data, config.objective, config.optim
+    lens, hidden, generate = objective.lens, objective.hidden, config.generate
+    compares = objective.approach not in CE_ONLY and objective.kd_ratio > 0
+    plain_teacher = model.teacher_placement == "device" and model.teacher_quantization == "none"
     rules = {
-        f"run.seed={run.seed} must be ≥ 0": run.seed >= 0,
-        f"run.keep={run.keep} must be ≥ 2": run.keep >= 2,
-        "model.teacher is needed by objective.approach=" + objective.approach: (
-            not needs_teacher or bool(model.teacher)
+        f"model.teacher is needed by objective.approach={objective.approach}": (
+            not compares or bool(model.teacher)
         ),
         "model.trust_remote_code needs model.revision": (
             not model.trust_remote_code or bool(model.revision)
@@ -586,79 +582,36 @@ def train_problems(config: TrainConfig) -> list[str]:
             model.teacher_placement == "device" or model.teacher_quantization == "none"
         ),
         "model.compile needs model.teacher_placement=device and teacher_quantization=none": (
-            not model.compile
-            or (model.teacher_placement == "device" and model.teacher_quantization == "none")
+            not model.compile or plain_teacher
         ),
-        f"data.max_prompt_length={data.max_prompt_length} must be in [1, data.max_length)": (
-            1 <= data.max_prompt_length < data.max_length
-        ),
+        f"data.max_prompt_length={data.max_prompt_length} must be < data.max_length="
+        f"{data.max_length}": data.max_prompt_length < data.max_length,
         "data.keep_gold needs data.generated": not data.keep_gold or data.generated is not None,
-        f"data.train_size={data.train_size} must be ≥ 1": data.train_size is None
-        or data.train_size >= 1,
-        f"objective.kd_ratio={objective.kd_ratio} must be in [0, 1]": 0 <= objective.kd_ratio <= 1,
-        f"objective.temperature={objective.temperature} must be > 0": objective.temperature > 0,
-        f"objective.beta={objective.beta} must be in (0, 1)": 0 < objective.beta < 1,
-        f"objective.mu={objective.mu} must be in (0, 1)": 0 < objective.mu < 1,
-        f"objective.alpha={objective.alpha} must be in (0, 1)": 0 < objective.alpha < 1,
-        "objective.fkl_coeff and rkl_coeff must be ≥ 0": (
-            objective.fkl_coeff >= 0 and objective.rkl_coeff >= 0
-        ),
-        f"objective.top_k={objective.top_k} must be ≥ 1": objective.top_k is None
-        or objective.top_k >= 1,
-        f"objective.lens.top_k={lens.top_k} must be ≥ 1": lens.top_k is None or lens.top_k >= 1,
-        f"objective.lens.coeff={lens.coeff} must be ≥ 0": lens.coeff >= 0,
-        f"objective.lens.beta={lens.beta} must be in (0, 1)": 0 < lens.beta < 1,
-        f"objective.lens.mu={lens.mu} must be in (0, 1)": 0 < lens.mu < 1,
-        f"objective.lens.alpha={lens.alpha} must be in (0, 1)": 0 < lens.alpha < 1,
-        "objective.lens.fkl_coeff and rkl_coeff must be ≥ 0": (
-            lens.fkl_coeff >= 0 and lens.rkl_coeff >= 0
-        ),
-        f"objective.lens.count={lens.count} must be ≥ 1": lens.count >= 1,
-        f"objective.lens.every={lens.every} must be ≥ 1": lens.every is None or lens.every >= 1,
         "objective.lens.rule=every_n needs objective.lens.every": (
             lens.rule != "every_n" or lens.every is not None
         ),
-        f"objective.lens.sample={lens.sample} must be ≥ 1": lens.sample >= 1,
         "objective.lens.teacher_layers and student_layers must be given together": (
             (lens.teacher_layers is None) == (lens.student_layers is None)
-        ),
-        f"objective.lens.schedule_share={lens.schedule_share} must be in (0, 1]": (
-            0 < lens.schedule_share <= 1
         ),
         "objective.lens.depth_weights and weights cannot both be given": (
             lens.depth_weights == "equal" or lens.weights is None
         ),
-        f"objective.hidden.coeff={hidden.coeff} must be ≥ 0": hidden.coeff >= 0,
         f"objective.hidden.coeff={hidden.coeff} needs objective.approach=kd or distill_lens, and "
-        f"objective.kd_ratio > 0": not hidden.coeff > 0
-        or (objective.approach in ("kd", "distill_lens") and objective.kd_ratio > 0),
-        f"optim.lr={optim.lr} must be > 0": optim.lr > 0,
-        f"optim.lr_min={optim.lr_min} must be in [0, optim.lr={optim.lr}]": (
-            0 <= optim.lr_min <= optim.lr
-        ),
-        f"optim.warmup={optim.warmup} must be ≥ 0": optim.warmup >= 0,
-        f"optim.weight_decay={optim.weight_decay} must be ≥ 0": optim.weight_decay >= 0,
-        f"optim.clip_grad={optim.clip_grad} must be ≥ 0": optim.clip_grad >= 0,
-        f"optim.epochs={optim.epochs} must be ≥ 1": optim.epochs >= 1,
-        f"optim.max_steps={optim.max_steps} must be ≥ 1": optim.max_steps is None
-        or optim.max_steps >= 1,
-        f"optim.micro_batch_size={optim.micro_batch_size} must be ≥ 1": optim.micro_batch_size >= 1,
-        f"optim.accumulation={optim.accumulation} must be ≥ 1": optim.accumulation >= 1,
-        f"tracking.log_every={config.tracking.log_every} must be ≥ 1": (
-            config.tracking.log_every >= 1
+        "objective.kd_ratio > 0": not hidden.coeff or compares,
+        f"optim.lr_min={optim.lr_min} must be ≤ optim.lr={optim.lr}": optim.lr_min <= optim.lr,
+        "run.timeout must be > 0": parse_wall_time(config.run.timeout, "run.timeout") > 0,
+        "eval.seeds must not be empty": bool(config.eval.seeds),
+        f"generate.samples={generate.samples} would all be the same: greedy": (
+            generate.do_sample or generate.samples == 1
         ),
     }
-    problems = [text for text, holds in rules.items() if not holds] + name_problems(
-        "run.name", run.name
-    )
-    lora = model.student_lora
-    if lora is not None and (lora.r < 1 or not 0 <= lora.dropout < 1):
-        problems.append(f"model.student_lora={lora} needs r ≥ 1 and dropout in [0, 1)")
-    if run.max_wall_time is not None:
-        parse_wall_time(run.max_wall_time)
-    if parse_wall_time(run.timeout, "run.timeout") == 0:
-        problems.append("run.timeout must be > 0")
-    return problems + eval_problems(config.eval) + generate_problems(config.generate)
+    if config.run.max_wall_time is not None:
+        parse_wall_time(config.run.max_wall_time)
+    return _broken(rules) + name_problems("run.name", config.run.name)
+
+
+def _broken(rules: Mapping[str, bool]) -> list[str]:
+    return [text for text, holds in rules.items() if not holds]
 
 
 def name_problems(key: str, name: str | None) -> list[str]:
@@ -668,19 +621,15 @@ def name_problems(key: str, name: str | None) -> list[str]:
     return [f"{key}={name!r:.80} must have at most 200 characters, no leading / and no .."]
 
 
-def eval_problems(config: EvalConfig) -> list[str]:
-    """Returns every evaluation setting that is out of range."""
+def evaluate_problems(config: EvaluateConfig) -> list[str]:
+    """Returns the options of an evaluation that are in conflict; ranges stand at the fields."""
+    sets, seeds = config.sets, config.eval.seeds
     rules = {
-        f"eval.every={config.every} must be ≥ 1": config.every is None or config.every >= 1,
-        f"eval.dev_size={config.dev_size} must be ≥ 0": config.dev_size >= 0,
-        "eval.seeds must not be empty": bool(config.seeds),
-    }
-    return [t for t, holds in rules.items() if not holds] + _sampling_problems("eval", config)
-
-
-def measure_problems(config: EvaluateConfig) -> list[str]:
-    """Returns what is wrong with the further measures of an evaluation."""
-    rules = {
+        "sets must not be empty": bool(sets),
+        f"sets={sets} names a set twice": len(set(sets)) == len(sets),
+        "eval.seeds must not be empty": bool(seeds),
+        f"eval.seeds={seeds} names a seed twice": len(set(seeds)) == len(seeds),
+        "trust_remote_code needs revision": not config.trust_remote_code or bool(config.revision),
         "exposure_bias needs teacher": not config.exposure_bias or bool(config.teacher),
         "teacher is read by token_metrics and exposure_bias: ask for one of them": (
             config.teacher is None or config.token_metrics or config.exposure_bias
@@ -695,40 +644,20 @@ def measure_problems(config: EvaluateConfig) -> list[str]:
             config.similarity_revision is None or bool(config.similarity)
         ),
     }
-    return [text for text, holds in rules.items() if not holds]
-
-
-def generate_problems(config: GenerateConfig) -> list[str]:
-    """Returns every setting of the teacher's answers that is out of range."""
-    rules = {
-        f"generate.samples={config.samples} must be ≥ 1": config.samples >= 1,
-        f"generate.seed={config.seed} must be ≥ 0": config.seed >= 0,
-        f"generate.limit={config.limit} must be ≥ 1": config.limit is None or config.limit >= 1,
-        f"generate.samples={config.samples} would all be the same: greedy": (
-            config.do_sample or config.samples == 1
-        ),
-    }
-    return [t for t, holds in rules.items() if not holds] + _sampling_problems("generate", config)
+    return _broken(rules) + name_problems("name", config.name)
 
 
 def judge_problems(config: JudgeConfig) -> list[str]:
-    """Returns every setting of a judge that is missing or out of range."""
+    """Returns the settings of a judge that are missing or in conflict."""
     # The value of a wrong api_key_env is not told: it may be the key itself.
     is_name = config.api_key_env is None or re.fullmatch("[A-Z][A-Z0-9_]*", config.api_key_env)
-    optional = {name: getattr(config, name) for name in ("limit", "max_requests")}
-    amounts = {name: getattr(config, name) for name in ("input_price", "output_price", "max_cost")}
     rules = {
         "A, the folder of an evaluation, must be given": config.answers is not None,
         "base_url must be the http or https address of an endpoint, without user, password or "
         "query": _is_endpoint(config.base_url),
         "model must be given": config.model is not None,
         "api_key_env must be the NAME of a variable in capital letters, not a key": bool(is_name),
-        f"temperature={config.temperature} must be ≥ 0": (config.temperature or 0) >= 0,
-        f"timeout={config.timeout} must be > 0": config.timeout > 0,
-        f"retries={config.retries} must be ≥ 0": config.retries >= 0,
-        f"wait={config.wait} must be in [0, max_wait={config.max_wait}]": (
-            0 <= config.wait <= config.max_wait
-        ),
+        f"wait={config.wait} must be ≤ max_wait={config.max_wait}": config.wait <= config.max_wait,
         "input_price and output_price must be given together": (
             (config.input_price is None) == (config.output_price is None)
         ),
@@ -738,14 +667,7 @@ def judge_problems(config: JudgeConfig) -> list[str]:
         "sets must not be empty": config.sets != [],
         "seeds must not be empty": config.seeds != [],
     }
-    counts = {name: getattr(config, name) for name in ("max_tokens", "asks", "concurrency")}
-    problems = [text for text, holds in rules.items() if not holds]
-    for name, count in {**counts, **optional}.items():
-        if count is not None and count < 1:
-            problems.append(f"{name}={count} must be ≥ 1")
-    return problems + [
-        f"{name}={amount} must be ≥ 0" for name, amount in amounts.items() if (amount or 0) < 0
-    ]
+    return _broken(rules)
 
 
 def _is_endpoint(address: str | None) -> bool:
@@ -756,18 +678,3 @@ def _is_endpoint(address: str | None) -> bool:
         return False
     is_plain = url.username is None and not url.query and not url.fragment
     return url.scheme in ("http", "https") and bool(url.hostname) and is_plain
-
-
-def _sampling_problems(section: str, config: SamplingConfig) -> list[str]:
-    rules = {
-        f"batch_size={config.batch_size} must be ≥ 1": config.batch_size >= 1,
-        f"batch_tokens={config.batch_tokens} must be ≥ 1": config.batch_tokens >= 1,
-        f"temperature={config.temperature} must be > 0": config.temperature > 0,
-        f"top_p={config.top_p} must be in (0, 1]": 0 < config.top_p <= 1,
-        f"top_k={config.top_k} must be ≥ 0": config.top_k >= 0,
-        f"no_repeat_ngram_size={config.no_repeat_ngram_size} must be ≥ 0": (
-            config.no_repeat_ngram_size >= 0
-        ),
-        f"max_new_tokens={config.max_new_tokens} must be ≥ 1": config.max_new_tokens >= 1,
-    }
-    return [f"{section}.{text}" for text, holds in rules.items() if not holds]

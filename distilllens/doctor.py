@@ -7,7 +7,6 @@ outside the machine is asked unless ``--online`` says so.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from distilllens.errors import EXIT_OK, ConfigError
 from distilllens.faults import ACTIONS, POINTS, VARIABLE
 from distilllens.lock import holder
 from distilllens.manifest import find_damage, saved_states
+from distilllens.parsing import CommandParser
 from distilllens.runs import RunFolder, git_commit, read_status, shown_variables, versions
 from distilllens.signals import SLURM_END, slurm_seconds_left, steady_screen
 
@@ -58,7 +58,7 @@ class Finding:
 
 def doctor_main(argv: Sequence[str]) -> int:
     """Runs the command; 0 when there is no problem, else 2."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m distilllens doctor",
         description="Looks at software, devices, data and runs; ends with 2 if there is a problem.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import errno
 import logging
@@ -48,6 +47,7 @@ from distilllens.manifest import (
 )
 from distilllens.model_card import maybe_write_card, write_card
 from distilllens.models import vocab_rows
+from distilllens.parsing import CommandParser
 from distilllens.runs import RunFolder
 
 logger = logging.getLogger("distilllens")
@@ -317,8 +317,8 @@ def _write_card_of_state(state: Path, folder: Path) -> None:
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="distilllens export",
+    parser = CommandParser(
+        prog="python -m distilllens export",
         description="Write the student of a checkpoint as a Hugging Face folder: whatever the ZeRO "
         "stage and the number of processes, adapters merged, in the precision that was trained.",
     )

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from distilllens.errors import ConfigError
 from distilllens.families import find_parts
 from distilllens.models import load_model, load_tokenizer, num_blocks
+from distilllens.parsing import CommandParser
 
 
 def build_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -128,8 +129,9 @@ def _num_parameters(model: nn.Module) -> int:
 
 def make_student_main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="distilllens make-student", description="Make a student of a teacher's own blocks."
+    parser = CommandParser(
+        prog="python -m distilllens make-student",
+        description="Make a student of a teacher's own blocks.",
     )
     parser.add_argument("--teacher", required=True, help="model folder (or hub name)")
     parser.add_argument(

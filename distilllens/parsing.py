@@ -11,12 +11,13 @@ import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from distilllens.errors import ConfigError
+from distilllens.ranges import field_ranges, range_problem
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -117,12 +118,21 @@ set_loader("plain_yaml", load_plain_yaml, exceptions=(yaml.YAMLError,))
 # --- Command lines ------------------------------------------------------------------------------
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Plain flags, of the commands without a configuration; wrong usage is a `ConfigError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of ending the process."""
+        raise ConfigError(message, fix=f"{self.prog} --help")
+
+
 def parse_arguments(config_class: type[T], argv: Sequence[str] | None, *, prog: str) -> T:
-    """Parses ``argv`` into ``config_class`` without checking ranges.
+    """Parses ``argv`` into ``config_class``, every value within its option's range.
 
     Raises:
-        ConfigError: Unknown keys, all at once; values of a wrong type, not finite, beyond 64 bits,
-            or with control characters; a file that is missing, not YAML, or more than plain YAML.
+        ConfigError: Unknown keys, all at once; a value of a wrong type; all that are out of range,
+            not finite, beyond 64 bits, or with control characters; a file that is missing, not
+            YAML, or more than plain YAML.
     """
     parser = build_parser(config_class, prog=prog)
     arguments = _spell_out_switches(sys.argv[1:] if argv is None else argv)
@@ -149,6 +159,10 @@ def build_parser(config_class: type, *, prog: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file; may be given several times")
     parser.add_class_arguments(config_class, as_group=True)
+    ranges = field_ranges(config_class)
+    for action in parser._actions:
+        if told := ranges.get(action.dest):
+            action.help = f"{action.help} Range: {told}."
     return parser
 
 
@@ -306,8 +320,8 @@ def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
 
 
 def _value_problems(config: Any, prefix: str = "") -> Iterator[str]:
-    """Yields every value that its type allows and no option can have."""
-    hints = get_type_hints(type(config))
+    """Yields every value that is out of its option's range, or that no option can have."""
+    hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -315,8 +329,9 @@ def _value_problems(config: Any, prefix: str = "") -> Iterator[str]:
         elif value is None and type(None) not in get_args(hints[field.name]):
             yield f"{key} must have a value, got null"
         else:
-            problems = map(_item_problem, value if isinstance(value, list) else [value])
-            yield from (f"{key}={value!r:.80} {problem}" for problem in problems if problem)
+            for item in value if isinstance(value, list) else [value]:
+                if problem := _item_problem(item) or range_problem(hints[field.name], item):
+                    yield f"{key}={value!r:.80} {problem}"
 
 
 def _item_problem(value: Any) -> str:

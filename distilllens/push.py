@@ -7,14 +7,12 @@ or of ``hf auth login``; it is never shown.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import yaml
 from huggingface_hub import HfApi, metadata_load
@@ -29,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 from distilllens.card_facts import FACTS_FILE, count_parameters, refuse_state
 from distilllens.errors import CheckpointError, ConfigError, StorageError, UserError
 from distilllens.model_card import CARD, UNKNOWN
+from distilllens.parsing import CommandParser
 from distilllens.runs import redact
 
 SENT = (
@@ -54,11 +53,6 @@ class Parcel:
         return sum(file.stat().st_size for file in self.files)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, fix="python -m distilllens push --help")
-
-
 def push_main(argv: Sequence[str] | None = None, *, api: HfApi | None = None) -> int:
     """Checks a model's folder, tells what goes where, and sends it; returns 0.
 
@@ -71,7 +65,7 @@ def push_main(argv: Sequence[str] | None = None, *, api: HfApi | None = None) ->
         CheckpointError: Weights that cannot be read.
         StorageError: The hub was not reached, or failed.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m distilllens push",
         description="Upload an exported model to the Hugging Face hub. The token is that of "
         "HF_TOKEN, or of `hf auth login`. After a stop the same command goes on.",

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +23,7 @@ from distilllens.data.skill_kinds import KINDS
 from distilllens.data.skills import SkillSet, train_skill_tokenizer, write_skills
 from distilllens.libraries import quiet_libraries
 from distilllens.parsing import parse_arguments
+from distilllens.ranges import Whole
 
 POSITIONS = 256
 """Longest prompt and answer in tokens."""
@@ -53,18 +56,18 @@ class SkillsConfig:
 
     out: str = "data/skills"
     """Folder that gets raw.jsonl (dev records, then train) and valid.jsonl (test)."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of the records, and of the models' random weights."""
-    train: int = 20000
+    train: Whole = 20000
     """Number of training records."""
-    dev: int = 200
+    dev: Whole = 200
     """Number of dev records at the head of raw.jsonl; give it to training as eval.dev_size."""
-    test: int = 240
+    test: Whole = 240
     """Number of test records."""
     models: str | None = None
     """Folder that gets skills-teacher-init/ and skills-student-init/; default: no models."""
-    vocab_size: int = 2048
-    """Largest vocabulary of the models' tokenizer, in tokens (≥ 300)."""
+    vocab_size: Annotated[int, Ge(300)] = 2048
+    """Largest vocabulary of the models' tokenizer, in tokens."""
 
 
 def skills_main(argv: Sequence[str] | None = None) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from huggingface_hub import HfApi, hf_hub_download
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from distilllens.data.tokenize import PreparedData, prepare_dataset
 from distilllens.errors import ConfigError, DataError
 from distilllens.models import load_model_config, load_tokenizer
 from distilllens.parsing import parse_arguments
+from distilllens.ranges import Count, Whole
 
 PUBLISHED_SETS = {
     "dolly": "MiniLLM/dolly",
@@ -46,11 +48,11 @@ class PrepareConfig:
     processed: str | None = DataConfig.processed
     """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY, or with generated
     answers processed_data/NAME/generated-FOLDER/FAMILY."""
-    max_length: int = DataConfig.max_length
+    max_length: Annotated[int, Ge(2)] = DataConfig.max_length
     """Longest prompt + response in tokens; longer responses are cut."""
-    max_prompt_length: int = DataConfig.max_prompt_length
+    max_prompt_length: Count = DataConfig.max_prompt_length
     """Longest prompt in tokens; records with longer prompts are dropped, counted and told."""
-    dev_size: int = EvalConfig.dev_size
+    dev_size: Whole = EvalConfig.dev_size
     """Records at the head of raw.jsonl that are held out as the dev set."""
     bad_lines: Literal["error", "skip"] = DataConfig.bad_lines
     """What a broken record does: stop with file and line, or skip it and count."""

@@ -193,14 +193,12 @@ def _column_lengths(table: Dataset, name: str) -> np.ndarray:
 
 
 def _check_options(data: DataConfig, dev_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not 1 <= data.max_prompt_length < data.max_length:
+    if data.max_prompt_length >= data.max_length:
         raise ConfigError(
-            f"data.max_prompt_length={data.max_prompt_length} must be in [1, "
-            f"data.max_length={data.max_length})",
+            f"data.max_prompt_length={data.max_prompt_length} must be < data.max_length="
+            f"{data.max_length}",
             why="a prompt of that length must leave room for a response token",
         )
-    if dev_size < 0:
-        raise ConfigError(f"eval.dev_size={dev_size} must be ≥ 0")
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no eos_token", why="it marks the end of an answer")
 

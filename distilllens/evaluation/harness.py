@@ -27,7 +27,6 @@ from transformers import GenerationConfig
 
 from distilllens.config import EvaluateConfig
 from distilllens.errors import ConfigError, DataError
-from distilllens.evaluation.plan import check_settings
 from distilllens.evaluation.protocol import DTYPES, local_device
 from distilllens.evaluation.provenance import checkpoint_fingerprint, method_name
 from distilllens.evaluation.results import check_writable, is_finished, read_result, write_cell
@@ -65,9 +64,6 @@ def run_harness(config: EvaluateConfig) -> list[dict[str, Any]]:
         StorageError: The output folder cannot be written.
     """
     names = task_names(config)
-    check_settings(config)
-    if isinstance(config.limit, int) and config.limit < 1:
-        raise ConfigError(f"limit={config.limit} must be ≥ 1", fix="leave --limit out for all")
     _check_installed()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(

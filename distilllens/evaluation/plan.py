@@ -16,7 +16,7 @@ from distilllens.config import EvaluateConfig
 from distilllens.data.benchmarks import load_benchmark
 from distilllens.data.records import Record
 from distilllens.data.tokenize import encode_prompts
-from distilllens.errors import ConfigError, DataError
+from distilllens.errors import DataError
 from distilllens.evaluation.generation import check_context_window
 from distilllens.evaluation.partial import read_partial, remove_partial
 from distilllens.evaluation.prompts import fit_prompts
@@ -54,27 +54,6 @@ class Cell:
     def label(self) -> str:
         """How it is named on the screen."""
         return f"{self.data.name} seed {self.seed}"
-
-
-def check_settings(config: EvaluateConfig) -> None:
-    """Checks what the types leave open.
-
-    Raises:
-        ConfigError: Names every bad value at once.
-    """
-    sets, seeds = config.sets, config.eval.seeds
-    rules = {
-        f"max_prompt_length={config.max_prompt_length} must be ≥ 1": config.max_prompt_length >= 1,
-        f"score_workers={config.score_workers} must be ≥ 0": config.score_workers >= 0,
-        "sets must not be empty": bool(sets),
-        f"sets={sets} names a set twice": len(set(sets)) == len(sets),
-        f"eval.seeds={seeds} names a seed twice": len(set(seeds)) == len(seeds),
-        f"eval.seeds={seeds} must be ≥ 0": all(seed >= 0 for seed in seeds),
-        "trust_remote_code needs revision": not config.trust_remote_code or bool(config.revision),
-    }
-    problems = [text for text, holds in rules.items() if not holds]
-    if problems:
-        raise ConfigError("; ".join(problems), fix="--help lists every key")
 
 
 def drop_long_prompts(

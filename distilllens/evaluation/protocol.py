@@ -34,7 +34,6 @@ from distilllens.evaluation.metrics_table import build_metrics_table
 from distilllens.evaluation.partial import PartialWriter
 from distilllens.evaluation.plan import (
     Cell,
-    check_settings,
     check_windows,
     find_missing,
     load_set,
@@ -154,7 +153,6 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
         StorageError: The output folder cannot be written.
         Stopped: A signal ended it after a batch; what is answered is kept.
     """
-    check_settings(config)
     if config.backend == "vllm":
         vllm_backend.check_vllm(config)
     console = Console(highlight=False, markup=False)

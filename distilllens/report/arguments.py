@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from distilllens.errors import ConfigError
+from distilllens.parsing import CommandParser
 
 WATCH_SECONDS = 5.0
 EPILOG = (
@@ -39,18 +38,15 @@ class ReportArguments:
     no_lens: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, fix="python -m distilllens report --help")
-
-
 def parse_report_arguments(argv: Sequence[str] | None, description: str) -> ReportArguments:
     """Parses and checks the arguments.
 
     Raises:
         ConfigError: Wrong usage.
     """
-    parser = _Parser(prog="python -m distilllens report", description=description, epilog=EPILOG)
+    parser = CommandParser(
+        prog="python -m distilllens report", description=description, epilog=EPILOG
+    )
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="training run folders")
     add("--eval", metavar="DIR", nargs="+", type=Path, help="evaluation folders, in table order")

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -20,6 +19,7 @@ from distilllens.config import ModelConfig
 from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
 from distilllens.lens_matrix import LensMap
+from distilllens.parsing import CommandParser
 from distilllens.report.lens_curves import plot_statistic
 from distilllens.report.lens_files import (
     divergence_csv,
@@ -88,13 +88,8 @@ def lens_main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, fix="python -m distilllens lens --help")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m distilllens lens",
         description="What every layer of teacher and student would say if the model stopped there.",
         epilog=EPILOG,

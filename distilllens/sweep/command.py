@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
 
 from distilllens.errors import EXIT_OK, ConfigError
 from distilllens.lock import locked
+from distilllens.parsing import CommandParser
 from distilllens.report.output import wide_console
 from distilllens.report.tables import rich_table
 from distilllens.runs import create_run_folder, is_finished, shown_command
@@ -71,13 +71,8 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
         return _run(sweep, cells, console, fail_fast=arguments.fail_fast)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, fix="python -m distilllens sweep --help")
-
-
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m distilllens sweep",
         description="Compares methods with equal budgets over several training seeds.",
         epilog=EPILOG,

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "distilllens"
 
 FLOORS = """
-    libraries errors statistics watchdog parsing config faults manifest distributed nodes signals
-    schedule lock runs
+    libraries errors statistics watchdog ranges parsing config faults manifest distributed nodes
+    signals schedule lock runs
     divergence products row_gradients row_kernel chunks fused
     families lens layers model_files models deepspeed_file make_student data quickstart
     hidden lens_matrix objective student sharding teacher_cache setup layer_choice dry_step memory

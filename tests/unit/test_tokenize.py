@@ -383,7 +383,7 @@ def test_no_raw_file(tmp_path: Path, prepare: Prepare) -> None:
         prepare(path=str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("limits", [(100, 100), (100, 101), (100, 0)])
+@pytest.mark.parametrize("limits", [(100, 100), (100, 101)])
 def test_lengths_without_room(prepare: Prepare, limits: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match=f"max_prompt_length={limits[1]}"):
         prepare(max_length=limits[0], max_prompt_length=limits[1])
