@@ -340,7 +340,7 @@ FLAGS: dict[str, str] = {
     "--objective.lens.teacher_layers [1]": "must be given together",
     "--model {student:x,student:x}": "student",
     "--model.student_lora.r null": r"model\.student_lora\.r must have a value, got null",
-    "--model.student_lora.r 0": "needs r ≥ 1",
+    "--model.student_lora.r 0": r"student_lora\.r=0 must be ≥ 1",
     "--model.trust_remote_code true": r"model\.trust_remote_code needs model\.revision",
     "--model.gradient_checkpointing maybe": r"gradient_checkpointing",
     "--tracking.wandb on": r"tracking\.wandb",
