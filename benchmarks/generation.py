@@ -40,8 +40,8 @@ from benchmarks.harness import (
 from distilllens.config import EvalConfig
 from distilllens.data.records import read_records
 from distilllens.data.tokenize import encode_prompts
+from distilllens.evaluation.cells.plan import drop_long_prompts, no_usable_prompt
 from distilllens.evaluation.generation import check_context_window, cut_at_eos, generate_answers
-from distilllens.evaluation.plan import drop_long_prompts, no_usable_prompt
 from distilllens.models import load_model, load_tokenizer
 
 BASELINES = (Baseline(column="plain_over_this", title="× faster", default="plain", speedup=True),)

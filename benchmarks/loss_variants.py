@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.harness import DTYPES, Variant
 from benchmarks.published import PUBLISHED_KINDS, published_divergence
-from distilllens.chunks import COLUMNS, default_chunk_rows
 from distilllens.divergence import DivergenceOptions, divergence
 from distilllens.fused import Term, Unembedding, fused_linear_terms
-from distilllens.products import accumulate_outer_, project, pull_back
+from distilllens.kernels.chunks import COLUMNS, default_chunk_rows
+from distilllens.kernels.products import accumulate_outer_, project, pull_back
 
 SHAPES = {
     "gpt2": (768, 1600, 50257),
@@ -211,7 +211,7 @@ def build_floor(case: Case) -> Variant:
         )
         for part in case.index_N.split(rows)
     ]
-    # As in `distilllens.chunks`: on a GPU in buffers whose rows are aligned.
+    # As in `distilllens.kernels.chunks`: on a GPU in buffers whose rows are aligned.
     width = -(-vocab // COLUMNS) * COLUMNS
     buffers = None if on_cpu else torch.zeros(2, rows, width, device=student_head.device)
     gradient = torch.zeros(

@@ -3,7 +3,8 @@
 Each case trains in a process of its own: random models of GPT-2's structure, records of random
 words that all reach the length. Measured is the highest resident memory from the start of the
 process (VmHWM; on a GPU what PyTorch allocated, without the runtime), estimated is
-`distilllens.memory` for the same batch. ``--table`` prints the tables of docs/scaling.md instead.
+`distilllens.training.memory` for the same batch. ``--table`` prints the tables of docs/scaling.md
+instead.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.harness import Parser, append_csv, environment, positive_int, run_command
 from benchmarks.scaling import print_scaling
-from distilllens import distributed
 from distilllens.config import load_config
 from distilllens.data.tokenize import record_lengths, response_rows
 from distilllens.errors import ConfigError
-from distilllens.libraries import quiet_libraries
-from distilllens.memory import GIGA, MALLOC_VARIABLE, estimate_memory, longest_batch
 from distilllens.runs import create_run_folder, write_json
+from distilllens.runtime import distributed
+from distilllens.runtime.libraries import quiet_libraries
 from distilllens.session import build_trainer
+from distilllens.training.memory import GIGA, MALLOC_VARIABLE, estimate_memory, longest_batch
 
 SHAPES = {"gpt2": (12, 768, 12, 50257), "small": (4, 256, 4, 8192)}
 """Blocks, width, heads, vocabulary of student and teacher."""

@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md: ``python -m benchmarks.memory --table``.
 
 Nothing is measured and nothing is read but the DeepSpeed files: shapes are those of the models'
-public config.json, and `distilllens.memory` does the rest, for a GPU.
+public config.json, and `distilllens.training.memory` does the rest, for a GPU.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ from transformers import (
 
 from distilllens.config import load_config
 from distilllens.layers import build_layer_pairs
-from distilllens.memory import RunCounts, at_stage, count_run, estimate_memory, longest_batch
 from distilllens.models import num_blocks, vocab_rows
 from distilllens.objective import DistillationObjective
-from distilllens.setup import Plan, load_deepspeed_config
+from distilllens.training.memory import (
+    RunCounts,
+    at_stage,
+    count_run,
+    estimate_memory,
+    longest_batch,
+)
+from distilllens.training.setup import Plan, load_deepspeed_config
 
 GPUS = (1, 4, 8, 32)
 CARDS = (24, 40, 80)

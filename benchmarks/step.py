@@ -50,19 +50,19 @@ from benchmarks.harness import (
     run_command,
 )
 from benchmarks.published import published_divergence
-from distilllens import distributed
-from distilllens.cache_teacher import cache_teacher
+from distilllens.commands.cache_teacher import cache_teacher
 from distilllens.config import load_config
 from distilllens.data.collate import Batch, collate
 from distilllens.data.tokenize import response_rows
 from distilllens.errors import ConfigError
-from distilllens.libraries import quiet_libraries
 from distilllens.models import load_tokenizer
 from distilllens.runs import create_run_folder
+from distilllens.runtime import distributed
+from distilllens.runtime.libraries import quiet_libraries
+from distilllens.runtime.signals import StopRequest
 from distilllens.session import build_trainer
-from distilllens.setup import Plan, load_data, plan_run
-from distilllens.signals import StopRequest
 from distilllens.trainer import Trainer
+from distilllens.training.setup import Plan, load_data, plan_run
 
 SHAPES = {
     "gpt2": (12, 768, 12),

@@ -10,19 +10,23 @@ from distilllens.errors import end_command
 
 COMMANDS = {
     "prepare": ("distilllens.data.prepare", "prepare_main", "tokenise records, or download them"),
-    "skills": ("distilllens.quickstart", "skills_main", "write the embedded data set and models"),
+    "skills": (
+        "distilllens.commands.skills",
+        "skills_main",
+        "write the embedded data set and models",
+    ),
     "make-student": (
-        "distilllens.make_student",
+        "distilllens.commands.make_student",
         "make_student_main",
         "cut a student out of a teacher",
     ),
     "cache-teacher": (
-        "distilllens.cache_teacher",
+        "distilllens.commands.cache_teacher",
         "cache_teacher_main",
         "store the teacher's hidden states once, for trainings that then read them",
     ),
     "generate": (
-        "distilllens.generate",
+        "distilllens.commands.generate",
         "generate_main",
         "sample the teacher's answers to the training prompts, to train on",
     ),
@@ -31,23 +35,31 @@ COMMANDS = {
         "evaluate_main",
         "score a model on test sets; the same as evaluate.py",
     ),
-    "export": ("distilllens.export", "export_main", "write the model of a checkpoint"),
+    "export": ("distilllens.publish.export", "export_main", "write the model of a checkpoint"),
     "judge": (
         "distilllens.evaluation.judge.command",
         "judge_main",
         "let a language model grade the answers of an evaluation, or compare two",
     ),
     "card": (
-        "distilllens.card_command",
+        "distilllens.commands.card",
         "card_main",
         "write the model card, with the scores so far",
     ),
-    "push": ("distilllens.push", "push_main", "upload an exported model to the Hugging Face hub"),
-    "doctor": ("distilllens.doctor", "doctor_main", "look at software, devices, data and runs"),
+    "push": (
+        "distilllens.commands.push",
+        "push_main",
+        "upload an exported model to the Hugging Face hub",
+    ),
+    "doctor": (
+        "distilllens.commands.doctor",
+        "doctor_main",
+        "look at software, devices, data and runs",
+    ),
     "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
     "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
     "lens": (
-        "distilllens.report.lens_command",
+        "distilllens.report.lens.command",
         "lens_main",
         "what every layer of teacher and student would say, as a page",
     ),

@@ -33,12 +33,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distilllens import distributed
-from distilllens.card_facts import CardFacts
 from distilllens.config import TrainConfig
-from distilllens.distributed import Result, on_main, together
 from distilllens.errors import CheckpointError
-from distilllens.export import (
+from distilllens.publish.card_facts import CardFacts
+from distilllens.publish.export import (
     STUDENT_FOLDER,
     copy_model,
     export_model,
@@ -46,8 +44,11 @@ from distilllens.export import (
     storage_error,
     write_model,
 )
-from distilllens.faults import reach
-from distilllens.manifest import (
+from distilllens.runs import git_commit, redact, versions
+from distilllens.runtime import distributed
+from distilllens.runtime.distributed import Result, on_main, together
+from distilllens.runtime.faults import reach
+from distilllens.runtime.manifest import (
     DRAFT,
     FileRecord,
     HashedFile,
@@ -60,8 +61,7 @@ from distilllens.manifest import (
     write_hashed,
     write_manifest,
 )
-from distilllens.resume import STATE_FILE, course_of
-from distilllens.runs import git_commit, redact, versions
+from distilllens.training.resume import STATE_FILE, course_of
 
 __all__ = [
     "TrainState",

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils import ModelOutput
 
-from distilllens.chunks import LogitTransform
 from distilllens.errors import ConfigError
+from distilllens.kernels.chunks import LogitTransform
 
 FINAL_NORM_NAMES = (
     *("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm"),

@@ -2,7 +2,7 @@
 
 The rows of a batch are projected through both LM heads a few hundred at a time; from each chunk of
 logits the loss *and* its gradient (in closed form) are taken at once, so neither the logits of a
-batch nor an autograd graph over the vocabulary ever exist. `distilllens.chunks` does the work.
+batch nor an autograd graph over the vocabulary ever exist. `kernels.chunks` does the work.
 
 Shapes: N rows (response tokens), D student width, E teacher width, V vocabulary, K terms (the
 final layer and the lens layers).
@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilllens.chunks import (
+from distilllens.divergence import DivergenceOptions, check_kind, check_top_k
+from distilllens.kernels.chunks import (
     Gradients,
     Spec,
     Term,
@@ -30,7 +31,6 @@ from distilllens.chunks import (
     wide,
     zeros_wide,
 )
-from distilllens.divergence import DivergenceOptions, check_kind, check_top_k
 
 
 def fused_linear_divergence(

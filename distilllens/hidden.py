@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distilllens.chunks import wide
+from distilllens.kernels.chunks import wide
 
 
 class Projector(nn.Module):

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distilllens.chunks import Unembedding
 from distilllens.errors import ConfigError
 from distilllens.families import FINAL_NORM_NAMES, base_model, find_parts, run_body
+from distilllens.kernels.chunks import Unembedding
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference relative to the largest logit; 16-bit models get 0.05."""

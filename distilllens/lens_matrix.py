@@ -19,11 +19,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distilllens.chunks import Term
 from distilllens.data.collate import Batch
 from distilllens.divergence import MIXTURE_FLOOR, DivergenceOptions, log_probs
 from distilllens.families import gather_rows, run_body
 from distilllens.fused import fused_linear_terms
+from distilllens.kernels.chunks import Term
 from distilllens.layers import LayerPair
 from distilllens.lens import LogitLens
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from distilllens import distributed
 from distilllens.errors import ConfigError
+from distilllens.runtime import distributed
 
 HUB_TIMEOUT_S = 5.0
 LARGEST_SETTINGS = 10_000_000

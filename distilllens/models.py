@@ -23,7 +23,6 @@ from transformers import (
 
 from distilllens.config import LoraConfig, ModelConfig
 from distilllens.errors import ConfigError
-from distilllens.libraries import quiet_libraries
 from distilllens.model_files import (
     LARGEST_SIZES,
     check_adapter,
@@ -34,6 +33,7 @@ from distilllens.model_files import (
     first_line,
     unloadable,
 )
+from distilllens.runtime.libraries import quiet_libraries
 
 
 def load_model_config(

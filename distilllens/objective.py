@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distilllens.chunks import Term
 from distilllens.config import CE_ONLY, LensConfig, ObjectiveConfig
 from distilllens.divergence import DivergenceOptions
 from distilllens.errors import ConfigError
+from distilllens.kernels.chunks import Term
 from distilllens.layers import LayerPair
 
 

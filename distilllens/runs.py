@@ -21,7 +21,7 @@ import torch
 
 from distilllens import __version__
 from distilllens.errors import ConfigError, StorageError, UserError
-from distilllens.manifest import DRAFT, saved_states
+from distilllens.runtime.manifest import DRAFT, saved_states
 
 RECORDED_PACKAGES = (
     "torch",

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from distilllens import distributed
 from distilllens.config import TrainConfig, dump_config, load_config, parse_wall_time
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import (
@@ -28,20 +27,7 @@ from distilllens.errors import (
     is_first_here,
     leave_code,
 )
-from distilllens.export import storage_error
-from distilllens.faults import check_faults
-from distilllens.layer_choice import measure_pairs, pair_records, pair_tables, restore_pairs
-from distilllens.libraries import quiet_libraries
-from distilllens.lock import locked
-from distilllens.loss_scale import check_float16_runs
-from distilllens.nodes import check_shared
-from distilllens.preview import check_room, describe_plan, dry_run
-from distilllens.resume import (
-    check_same_config,
-    find_state,
-    saved_tracker_id,
-    set_later_aside,
-)
+from distilllens.publish.export import storage_error
 from distilllens.runs import (
     RunFolder,
     check_unused,
@@ -55,7 +41,31 @@ from distilllens.runs import (
     write_json,
     write_status,
 )
-from distilllens.setup import (
+from distilllens.runtime import distributed
+from distilllens.runtime.faults import check_faults
+from distilllens.runtime.libraries import quiet_libraries
+from distilllens.runtime.lock import locked
+from distilllens.runtime.nodes import check_shared
+from distilllens.runtime.signals import Stopped, StopRequest, steady_screen
+from distilllens.runtime.watchdog import watching
+from distilllens.student import Teacher
+from distilllens.tracking import Tracker, trim_metrics
+from distilllens.trainer import Trainer
+from distilllens.training.layer_choice import (
+    measure_pairs,
+    pair_records,
+    pair_tables,
+    restore_pairs,
+)
+from distilllens.training.loss_scale import check_float16_runs
+from distilllens.training.preview import check_room, describe_plan, dry_run
+from distilllens.training.resume import (
+    check_same_config,
+    find_state,
+    saved_tracker_id,
+    set_later_aside,
+)
+from distilllens.training.setup import (
     Plan,
     StepCount,
     build_module,
@@ -64,11 +74,6 @@ from distilllens.setup import (
     load_data,
     plan_run,
 )
-from distilllens.signals import Stopped, StopRequest, steady_screen
-from distilllens.student import Teacher
-from distilllens.tracking import Tracker, trim_metrics
-from distilllens.trainer import Trainer
-from distilllens.watchdog import watching
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a file system that is full, or has become read-only."""

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distilllens.chunks import Unembedding
 from distilllens.families import gather_rows, run_body
 from distilllens.fused import fused_linear_terms
 from distilllens.hidden import HiddenComparison
+from distilllens.kernels.chunks import Unembedding
 from distilllens.lens import LogitLens
 from distilllens.objective import DistillationObjective, Rows
 

@@ -18,9 +18,6 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from distilllens import distributed
-from distilllens.bad_step import bad_step_error
-from distilllens.card_facts import CardFacts, facts_of_run
 from distilllens.checkpoint import (
     StateParts,
     TrainState,
@@ -34,25 +31,28 @@ from distilllens.data.encode import tokenizer_fingerprint
 from distilllens.data.records import Record, read_records
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import CheckpointError
-from distilllens.evaluation.plan import no_usable_prompt
-from distilllens.evaluation.prompts import fit_prompts
+from distilllens.evaluation.cells.plan import no_usable_prompt
+from distilllens.evaluation.cells.prompts import fit_prompts
+from distilllens.evaluation.cells.shares import own_share
 from distilllens.evaluation.protocol import evaluate_dev_generations
-from distilllens.evaluation.shares import own_share
 from distilllens.families import base_model
-from distilllens.faults import reach
-from distilllens.layer_choice import pair_records
-from distilllens.loader import StepBatches, StepLoader
-from distilllens.loss_scale import is_at_smallest_scale, smallest_scale_error
-from distilllens.manifest import read_manifest
-from distilllens.numerics_guard import NumericsGuard, WatchedStep
-from distilllens.resume import check_same_facts
+from distilllens.publish.card_facts import CardFacts, facts_of_run
 from distilllens.runs import RunFolder, newest_state, write_status
-from distilllens.schedule import learning_rate, lens_share
-from distilllens.setup import Plan, StepCount, build_optimizer
-from distilllens.signals import Request, Stopped, StopRequest
+from distilllens.runtime import distributed
+from distilllens.runtime.faults import reach
+from distilllens.runtime.manifest import read_manifest
+from distilllens.runtime.signals import Request, Stopped, StopRequest
 from distilllens.student import DistillationModule, Teacher
-from distilllens.teacher_cache import CachedTeacher
+from distilllens.teacher.cache import CachedTeacher
 from distilllens.tracking import Tracker
+from distilllens.training.bad_step import bad_step_error
+from distilllens.training.layer_choice import pair_records
+from distilllens.training.loader import StepBatches, StepLoader
+from distilllens.training.loss_scale import is_at_smallest_scale, smallest_scale_error
+from distilllens.training.numerics_guard import NumericsGuard, WatchedStep
+from distilllens.training.resume import check_same_facts
+from distilllens.training.schedule import learning_rate, lens_share
+from distilllens.training.setup import Plan, StepCount, build_optimizer
 
 
 @dataclass

@@ -41,7 +41,7 @@ torch.log(torch.rand(4096) + 0.5)
 torch.exp(torch.rand(4096))
 
 if os.environ.get("KERNEL_ON_CPU") == "1":  # of test_fused_kernel.py, with TRITON_INTERPRET=1
-    from distilllens import chunks
+    from distilllens.kernels import chunks
 
     chunks.KERNEL_ON["cpu"] = True
 

@@ -32,7 +32,7 @@ from distilllens.data.progress import track
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.data.records import Record, file_sha256, read_records
 from distilllens.errors import ConfigError, DataError, StorageError
-from distilllens.signals import poll, stoppable
+from distilllens.runtime.signals import poll, stoppable
 
 FORMAT_VERSION = 1
 """Raised whenever the same source would give other tokens or other columns."""

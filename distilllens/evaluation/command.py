@@ -9,7 +9,7 @@ from distilllens.config import load_evaluate_config
 from distilllens.errors import EXIT_OK, end_command
 from distilllens.evaluation.harness import run_harness
 from distilllens.evaluation.protocol import evaluate_checkpoint
-from distilllens.signals import Stopped, steady_screen
+from distilllens.runtime.signals import Stopped, steady_screen
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:

@@ -23,9 +23,9 @@ from transformers import (
 from distilllens.config import SamplingConfig
 from distilllens.data.tokenize import encode_prompts
 from distilllens.errors import ConfigError
-from distilllens.evaluation.decoding import Decoder, Request
-from distilllens.evaluation.fast_linear import fast_linears
-from distilllens.evaluation.sampling import example_seed
+from distilllens.evaluation.decoding.fast_linear import fast_linears
+from distilllens.evaluation.decoding.loop import Decoder, Request
+from distilllens.evaluation.decoding.sampling import example_seed
 
 
 @dataclass(frozen=True, kw_only=True)

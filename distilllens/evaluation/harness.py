@@ -27,9 +27,14 @@ from transformers import GenerationConfig
 
 from distilllens.config import EvaluateConfig
 from distilllens.errors import ConfigError, DataError
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint, method_name
+from distilllens.evaluation.cells.results import (
+    check_writable,
+    is_finished,
+    read_result,
+    write_cell,
+)
 from distilllens.evaluation.protocol import DTYPES, local_device
-from distilllens.evaluation.provenance import checkpoint_fingerprint, method_name
-from distilllens.evaluation.results import check_writable, is_finished, read_result, write_cell
 from distilllens.models import load_model, load_tokenizer
 from distilllens.runs import git_commit, versions
 

@@ -22,17 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilllens import distributed
 from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.data.progress import track
 from distilllens.data.records import Record
-from distilllens.evaluation import vllm_backend
-from distilllens.evaluation.finish import finish_cell
-from distilllens.evaluation.generation import Answer, generate_answers
-from distilllens.evaluation.measures import plan_measures, run_measures
-from distilllens.evaluation.metrics_table import build_metrics_table
-from distilllens.evaluation.partial import PartialWriter
-from distilllens.evaluation.plan import (
+from distilllens.evaluation.cells.finish import finish_cell
+from distilllens.evaluation.cells.metrics_table import build_metrics_table
+from distilllens.evaluation.cells.partial import PartialWriter
+from distilllens.evaluation.cells.plan import (
     Cell,
     check_windows,
     find_missing,
@@ -40,14 +36,18 @@ from distilllens.evaluation.plan import (
     no_usable_prompt,
     plan_cells,
 )
-from distilllens.evaluation.prompts import fit_prompts
-from distilllens.evaluation.provenance import method_name
-from distilllens.evaluation.results import build_table, check_writable, read_result
-from distilllens.evaluation.scoring import Score, Scorer, compute_metrics, score_samples
-from distilllens.evaluation.shares import Share, deal, on_all_ranks, own_share
-from distilllens.lock import locked
+from distilllens.evaluation.cells.prompts import fit_prompts
+from distilllens.evaluation.cells.provenance import method_name
+from distilllens.evaluation.cells.results import build_table, check_writable, read_result
+from distilllens.evaluation.cells.shares import Share, deal, on_all_ranks, own_share
+from distilllens.evaluation.generation import Answer, generate_answers
+from distilllens.evaluation.measures.run import plan_measures, run_measures
+from distilllens.evaluation.scoring.pool import Score, Scorer, compute_metrics, score_samples
+from distilllens.evaluation.vllm import backend as vllm_backend
 from distilllens.models import load_model, load_tokenizer
-from distilllens.signals import StopRequest, poll, stoppable
+from distilllens.runtime import distributed
+from distilllens.runtime.lock import locked
+from distilllens.runtime.signals import StopRequest, poll, stoppable
 
 DTYPES = {
     "auto": None,

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from distilllens.errors import ConfigError
-from distilllens.evaluation.provenance import checkpoint_fingerprint
-from distilllens.libraries import quiet_libraries
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
 from distilllens.model_files import check_settings, check_source, check_weights, unloadable
+from distilllens.runtime.libraries import quiet_libraries
 
 BATCH_TEXTS = 64
 """Texts that run through the model at once."""

@@ -6,19 +6,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from distilllens.report.comparison_tables import difference_tables
+from distilllens.report.comparison.files import Scoreboard
+from distilllens.report.comparison.tables import difference_tables
 from distilllens.report.html import Drawings, FigureGroup, LensSection, Live, Page
-from distilllens.report.lens_plots import colour_limit, lens_panels
+from distilllens.report.lens.plots import colour_limit, lens_panels
 from distilllens.report.plots import Panel, curve_panels, layer_panels, score_panel
-from distilllens.report.run_differences import compare_configurations
-from distilllens.report.run_groups import RunGroup, group_runs
-from distilllens.report.run_maps import RunMaps
-from distilllens.report.run_progress import HEADER, Progress, progress_of
-from distilllens.report.run_record import RunRecord
-from distilllens.report.run_table import run_rows
-from distilllens.report.samples import SampleSet
-from distilllens.report.score_files import Scoreboard
-from distilllens.report.scores import Method, prompt_counts
+from distilllens.report.runs.differences import compare_configurations
+from distilllens.report.runs.groups import RunGroup, group_runs
+from distilllens.report.runs.maps import RunMaps
+from distilllens.report.runs.progress import HEADER, Progress, progress_of
+from distilllens.report.runs.record import RunRecord
+from distilllens.report.runs.table import run_rows
+from distilllens.report.scores.load import Method, prompt_counts
+from distilllens.report.scores.samples import SampleSet
 from distilllens.report.style import line_style
 from distilllens.report.tables import ScoreTable, TextTable
 

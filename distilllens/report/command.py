@@ -11,15 +11,14 @@ from rich.console import Console
 from distilllens.errors import ConfigError, UserError
 from distilllens.report.arguments import ReportArguments, parse_report_arguments
 from distilllens.report.build import Evaluations, build_page
+from distilllens.report.comparison.files import Scoreboard, build_scoreboard
 from distilllens.report.html import Drawings, Page, PageFigure, render_page
 from distilllens.report.lens_map import entropy_csv, lens_map_csv
 from distilllens.report.output import check_writable, wide_console, write_file
-from distilllens.report.run_maps import MapOptions, RunMaps, build_run_maps
-from distilllens.report.run_record import RunRecord, find_runs, read_runs, report_folder
-from distilllens.report.run_table import runs_to_rich
-from distilllens.report.samples import collect_samples
-from distilllens.report.score_files import Scoreboard, build_scoreboard
-from distilllens.report.scores import (
+from distilllens.report.runs.maps import MapOptions, RunMaps, build_run_maps
+from distilllens.report.runs.record import RunRecord, find_runs, read_runs, report_folder
+from distilllens.report.runs.table import runs_to_rich
+from distilllens.report.scores.load import (
     EVALUATIONS,
     Method,
     collect_scores,
@@ -28,6 +27,7 @@ from distilllens.report.scores import (
     known_choices,
     list_some,
 )
+from distilllens.report.scores.samples import collect_samples
 from distilllens.report.tables import to_rich
 from distilllens.report.watch import Watched, watch_runs
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distilllens.report.plots import Panel
-from distilllens.report.run_differences import Differences
-from distilllens.report.samples import SampleSet, marked_words, shown_prompt
+from distilllens.report.runs.differences import Differences
+from distilllens.report.scores.samples import SampleSet, marked_words, shown_prompt
 from distilllens.report.style import (
     LIGHT,
     THEMES,

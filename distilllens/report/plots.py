@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from distilllens.report.curves import PER_LAYER, Curve, curves_of
-from distilllens.report.run_groups import RunGroup, Series
+from distilllens.report.runs.curves import PER_LAYER, Curve, curves_of
+from distilllens.report.runs.groups import RunGroup, Series
 from distilllens.report.style import Theme, line_style, new_axes, themed
 from distilllens.report.tables import ScoreTable
 

@@ -18,8 +18,8 @@ from typing import Literal, Protocol
 import numpy as np
 from rich.table import Table
 
-from distilllens.report.metrics import metric_of
-from distilllens.report.scores import Method, prompt_counts
+from distilllens.report.scores.load import Method, prompt_counts
+from distilllens.report.scores.metrics import metric_of
 
 MISSING = "–"
 FIRST_SCORE = 2

@@ -21,15 +21,15 @@ from rich.live import Live
 from distilllens.config import TrainConfig
 from distilllens.errors import UserError
 from distilllens.report.html import Drawings
-from distilllens.report.metrics_file import MetricsFile
-from distilllens.report.run_progress import (
+from distilllens.report.runs.metrics_file import MetricsFile
+from distilllens.report.runs.progress import (
     HEADER,
     Progress,
     progress_of,
     progress_table,
     waiting_for,
 )
-from distilllens.report.run_record import (
+from distilllens.report.runs.record import (
     CONFIG,
     METRICS,
     RunRecord,

@@ -14,9 +14,9 @@ from rich.table import Table
 from distilllens.config import EvaluateConfig, TrainConfig, load_config, load_evaluate_config
 from distilllens.errors import ConfigError
 from distilllens.parsing import did_you_mean, raise_problems
-from distilllens.resume import course_of
 from distilllens.runs import RunFolder, is_finished, newest_state
 from distilllens.sweep.spec import Layers, Sweep
+from distilllens.training.resume import course_of
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where train.py and evaluate.py are."""

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 
 from distilllens.errors import EXIT_OK, ConfigError
-from distilllens.lock import locked
 from distilllens.parsing import CommandParser
 from distilllens.report.output import wide_console
 from distilllens.report.tables import rich_table
 from distilllens.runs import create_run_folder, is_finished, shown_command
+from distilllens.runtime.lock import locked
 from distilllens.sweep.cells import (
     Cell,
     build_cells,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distilllens.config import EvaluateConfig
-from distilllens.evaluation.provenance import checkpoint_fingerprint
-from distilllens.evaluation.results import read_result
-from distilllens.report.run_record import RunRecord, read_runs
-from distilllens.report.scores import Score, collect_scores
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
+from distilllens.evaluation.cells.results import read_result
+from distilllens.report.runs.record import RunRecord, read_runs
+from distilllens.report.scores.load import Score, collect_scores
 from distilllens.runs import RunFolder, is_finished
 from distilllens.sweep.cells import cell_path
 from distilllens.sweep.spec import Sweep

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from distilllens.errors import StorageError
-from distilllens.report.comparison_tables import comparisons_csv, comparisons_markdown
-from distilllens.report.comparisons import MetricComparison, compare_methods
-from distilllens.report.metrics import ALWAYS
+from distilllens.report.comparison.methods import MetricComparison, compare_methods
+from distilllens.report.comparison.tables import comparisons_csv, comparisons_markdown
 from distilllens.report.plots import score_panel
-from distilllens.report.scores import Method, sort_sets
+from distilllens.report.scores.load import Method, sort_sets
+from distilllens.report.scores.metrics import ALWAYS
 from distilllens.report.style import LIGHT, figure_png
 from distilllens.report.tables import (
     MISSING,

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from distilllens.config import TrainConfig, load_config, load_evaluate_config
-from distilllens.deepspeed_file import DTYPES, load_deepspeed_config
 from distilllens.errors import ConfigError
 from distilllens.sweep.cells import (
     build_cells,
@@ -19,6 +18,7 @@ from distilllens.sweep.cells import (
     unequal_options,
 )
 from distilllens.sweep.spec import read_sweep
+from distilllens.training.deepspeed_file import DTYPES, load_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from distilllens import distributed
-from distilllens.faults import VARIABLE
+from distilllens.runtime import distributed
+from distilllens.runtime.faults import VARIABLE
 from distilllens.tracking import Tracker
 from train import main
 

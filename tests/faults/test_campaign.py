@@ -24,10 +24,10 @@ import pytest
 from conftest import PROJECT, Workspace, add_dropout
 from test_resume import numbers, own_environment
 
-from distilllens.faults import POINTS, VARIABLE
-from distilllens.lock import holder
-from distilllens.manifest import clean_leftovers, newest_good_state
 from distilllens.runs import RunFolder, newest_state, read_status
+from distilllens.runtime.faults import POINTS, VARIABLE
+from distilllens.runtime.lock import holder
+from distilllens.runtime.manifest import clean_leftovers, newest_good_state
 
 SEED = "CAMPAIGN_SEED"
 WORKER = Path(__file__).with_name("campaign_worker.py")

@@ -13,8 +13,8 @@ import time
 import pytest
 from conftest import PROJECT, Workspace, write_records
 
-from distilllens.faults import VARIABLE
 from distilllens.runs import RunFolder, read_status
+from distilllens.runtime.faults import VARIABLE
 
 FLAGS = (
     *("--optim.micro_batch_size", "4", "--optim.max_steps", "6"),

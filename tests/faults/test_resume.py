@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from distilllens import checkpoint
 from distilllens.__main__ import main as command
 from distilllens.checkpoint import TrainState
-from distilllens.faults import VARIABLE
-from distilllens.manifest import read_manifest
-from distilllens.resume import find_state
 from distilllens.runs import RunFolder
+from distilllens.runtime.faults import VARIABLE
+from distilllens.runtime.manifest import read_manifest
 from distilllens.trainer import Totals, Trainer
+from distilllens.training.resume import find_state
 from train import main
 
 WORKER = Path(__file__).with_name("resume_worker.py")

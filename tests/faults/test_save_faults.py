@@ -15,16 +15,16 @@ import torch
 from conftest import Workspace, write_records
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from distilllens import distributed
 from distilllens.checkpoint import load_state
 from distilllens.config import load_config
 from distilllens.errors import ConfigError, StorageError
-from distilllens.faults import POINTS, VARIABLE, InjectedFault
-from distilllens.manifest import find_damage, newest_good_state
-from distilllens.resume import find_state
 from distilllens.runs import create_run_folder
+from distilllens.runtime import distributed
+from distilllens.runtime.faults import POINTS, VARIABLE, InjectedFault
+from distilllens.runtime.manifest import find_damage, newest_good_state
 from distilllens.session import build_trainer
 from distilllens.trainer import Trainer
+from distilllens.training.resume import find_state
 
 SWEEP = [point for point in POINTS if point.startswith(("save.", "delete."))]
 COMMITTED = ("save.after_rename", "save.after_commit", "save.end")

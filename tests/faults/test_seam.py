@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from distilllens import faults
 from distilllens.errors import ConfigError
-from distilllens.faults import POINTS, VARIABLE, InjectedFault, parse_faults, reach
+from distilllens.runtime import faults
+from distilllens.runtime.faults import POINTS, VARIABLE, InjectedFault, parse_faults, reach
 
-PACKAGE = Path(faults.__file__).parent
+PACKAGE = Path(faults.__file__).parents[1]
 
 
 def test_points_and_places_are_the_same() -> None:
@@ -78,7 +78,7 @@ def test_errors_nan_and_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("action", "code"), [("KILL", -9), ("EXIT0", 0)])
 def test_the_process_ends(action: str, code: int) -> None:
-    program = "from distilllens.faults import reach; reach('save.end'); raise SystemExit(3)"
+    program = "from distilllens.runtime.faults import reach; reach('save.end'); raise SystemExit(3)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, VARIABLE: f"save.end={action}", "PYTHONPATH": str(PACKAGE.parent)},

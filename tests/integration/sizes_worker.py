@@ -17,9 +17,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from distilllens import distributed, setup
 from distilllens.families import find_parts
-from distilllens.sharding import divide_body
+from distilllens.runtime import distributed
+from distilllens.teacher.sharding import divide_body
+from distilllens.training import setup
 from train import main
 
 divided: list[nn.Module] = []

@@ -19,15 +19,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from distilllens import cache_teacher, distributed, teacher_cache
 from distilllens.__main__ import main as command
+from distilllens.commands import cache_teacher
 from distilllens.config import load_config
 from distilllens.data.collate import collate
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import ConfigError
 from distilllens.objective import Rows
-from distilllens.setup import Plan, build_module, load_data, plan_run, run_teacher
-from distilllens.teacher_cache import CachedTeacher, open_teacher_cache, read_manifest
+from distilllens.runtime import distributed
+from distilllens.teacher import cache as teacher_cache
+from distilllens.teacher.cache import CachedTeacher, open_teacher_cache, read_manifest
+from distilllens.training.setup import Plan, build_module, load_data, plan_run, run_teacher
 
 SMALL_SHARDS = 40_000
 """Bytes; some ten shards of the toy records in float32."""

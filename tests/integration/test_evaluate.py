@@ -19,10 +19,10 @@ import evaluate
 from distilllens.config import EvalConfig
 from distilllens.data.benchmarks import load_benchmark
 from distilllens.evaluation import command
+from distilllens.evaluation.cells.results import build_table, mean_and_sd
 from distilllens.evaluation.generation import Answer
 from distilllens.evaluation.protocol import evaluate_dev_generations
-from distilllens.evaluation.results import build_table, mean_and_sd
-from distilllens.evaluation.scoring import score
+from distilllens.evaluation.scoring.pool import score
 from distilllens.models import load_model, load_tokenizer
 
 SETTINGS = ["--eval.max_new_tokens", "8", "--max_prompt_length", "200", "--eval.batch_size", "2"]

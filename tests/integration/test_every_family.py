@@ -30,10 +30,10 @@ from distilllens.config import ObjectiveConfig
 from distilllens.families import find_parts
 from distilllens.layers import LayerPair
 from distilllens.lens import LogitLens
-from distilllens.libraries import quiet_libraries
 from distilllens.objective import DistillationObjective
-from distilllens.setup import build_module
+from distilllens.runtime.libraries import quiet_libraries
 from distilllens.student import DistillationModule, Teacher
+from distilllens.training.setup import build_module
 
 STUDENT = Size(vocab=300, width=16, blocks=3, positions=160)
 TEACHER = Size(vocab=300, width=32, blocks=5, positions=160)

@@ -23,13 +23,13 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerF
 
 import evaluate
 from distilllens.__main__ import main as command
+from distilllens.commands.push import push_main
 from distilllens.config import SamplingConfig
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.errors import CheckpointError, ConfigError, StorageError, UserError
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
 from distilllens.evaluation.generation import generate_answers
-from distilllens.evaluation.provenance import checkpoint_fingerprint
-from distilllens.export import write_model
-from distilllens.push import push_main
+from distilllens.publish.export import write_model
 from train import main
 
 TOKEN = "hf_" + "Z9y8" * 8

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import train
-from distilllens import generate
 from distilllens.__main__ import main as command
+from distilllens.commands import generate
 from distilllens.config import load_config
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import ConfigError, DataError
-from distilllens.setup import load_data, plan_run
+from distilllens.training.setup import load_data, plan_run
 
 DEV = 12
 TRAINING = 48

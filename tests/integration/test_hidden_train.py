@@ -14,12 +14,12 @@ from conftest import Workspace, add_dropout, stop_at
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-from distilllens import distributed
 from distilllens.__main__ import main as command
 from distilllens.config import load_config
 from distilllens.data.order import epoch_batches
 from distilllens.data.tokenize import record_lengths, response_rows
 from distilllens.runs import create_run_folder
+from distilllens.runtime import distributed
 from distilllens.session import build_trainer
 from distilllens.trainer import Trainer
 from train import main

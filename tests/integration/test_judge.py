@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
 from distilllens.__main__ import main
-from distilllens.report.scores import collect_scores
+from distilllens.report.scores.load import collect_scores
 
 KEY = "test-key-0123456789abcdef"
 WORDS = {"A": ["aaaa", "aaaaaa", "aa", "aaa"], "B": ["bb", "bbb", "bbbbb", "bbb"]}

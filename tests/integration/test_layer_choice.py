@@ -18,15 +18,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from distilllens import layer_choice
+from distilllens.commands.make_student import build_student
 from distilllens.config import load_config
 from distilllens.errors import ConfigError, NumericsError
-from distilllens.layer_choice import measure_pairs, sample_batches
-from distilllens.make_student import build_student
-from distilllens.manifest import read_manifest
-from distilllens.setup import build_module, build_teacher, load_data, plan_run
-from distilllens.signals import Stopped, StopRequest
+from distilllens.runtime.manifest import read_manifest
+from distilllens.runtime.signals import Stopped, StopRequest
 from distilllens.student import Teacher
+from distilllens.training import layer_choice
+from distilllens.training.layer_choice import measure_pairs, sample_batches
+from distilllens.training.setup import build_module, build_teacher, load_data, plan_run
 from train import main
 
 BLOCKS = [1, 4, 5, 8]

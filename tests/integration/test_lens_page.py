@@ -18,9 +18,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerF
 
 from distilllens.__main__ import main
 from distilllens.errors import ConfigError, DataError, StorageError
-from distilllens.report.lens_command import lens_main
-from distilllens.report.lens_statistics import STATISTICS
-from distilllens.report.lens_study import Source, StudySettings, build_study
+from distilllens.report.lens.command import lens_main
+from distilllens.report.lens.statistics import STATISTICS
+from distilllens.report.lens.study import Source, StudySettings, build_study
 
 HOSTILE = ("</script>", "<img src=x onerror=hack()>", "\u202egnihton", "&amp;", "שלום")
 """Tokens of the test's tokenizer: markup, an order to write from right to left, Hebrew."""

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
-from distilllens.evaluation import measures, token_metrics
+from distilllens.evaluation.measures import run as measures
+from distilllens.evaluation.measures import token_metrics
 
 SETTINGS = ["--eval.max_new_tokens", "8", "--max_prompt_length", "200", "--eval.batch_size", "2"]
 TEACHER = ["--token_metrics", "--exposure_bias", "--teacher", "teacher"]

@@ -14,9 +14,9 @@ import torch
 from conftest import Workspace
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distilllens import distributed
 from distilllens.config import load_config
 from distilllens.runs import create_run_folder
+from distilllens.runtime import distributed
 from distilllens.session import build_trainer
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")

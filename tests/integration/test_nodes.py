@@ -18,9 +18,9 @@ import torch
 from conftest import PROJECT, Workspace
 from safetensors.torch import load_file
 
-from distilllens import distributed
 from distilllens.errors import DataError, StorageError
-from distilllens.nodes import check_shared, refuse_together
+from distilllens.runtime import distributed
+from distilllens.runtime.nodes import check_shared, refuse_together
 from distilllens.session import resume_command
 from train import main
 

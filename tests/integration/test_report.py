@@ -20,8 +20,8 @@ from distilllens.errors import ConfigError, DataError, StorageError
 from distilllens.report.arguments import parse_report_arguments
 from distilllens.report.command import _LivePage, report_main
 from distilllens.report.html import Drawings
-from distilllens.report.run_record import find_runs, read_runs, report_folder
-from distilllens.report.scores import evaluation_folder
+from distilllens.report.runs.record import find_runs, read_runs, report_folder
+from distilllens.report.scores.load import evaluation_folder
 from distilllens.report.watch import Watched
 
 ATTACK = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=run()>"

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import evaluate
 from distilllens.config import EvalConfig
 from distilllens.data.benchmarks import load_benchmark
-from distilllens.evaluation import protocol, scoring
+from distilllens.evaluation import protocol
 from distilllens.evaluation.generation import Answer
 from distilllens.evaluation.protocol import evaluate_dev_generations
-from distilllens.lock import locked
+from distilllens.evaluation.scoring import pool as scoring
 from distilllens.models import load_model, load_tokenizer
+from distilllens.runtime.lock import locked
 
 PROJECT = Path(__file__).resolve().parents[2]
 PROMPTS = 33

@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from distilllens.faults import VARIABLE
+from distilllens.runtime.faults import VARIABLE
 from distilllens.trainer import Trainer
 from train import main
 

@@ -30,10 +30,10 @@ from distilllens.data.tokenize import prepare_dataset
 from distilllens.errors import ConfigError, StorageError
 from distilllens.evaluation import generation
 from distilllens.evaluation.protocol import evaluate_dev_generations
-from distilllens.lock import locked
 from distilllens.models import load_model, load_tokenizer
 from distilllens.runs import RunFolder, read_status
-from distilllens.signals import Request, Stopped, StopRequest
+from distilllens.runtime.lock import locked
+from distilllens.runtime.signals import Request, Stopped, StopRequest
 from distilllens.tracking import Tracker, trim_metrics
 
 SECRET = "aV3ry5ecretValue"
@@ -313,7 +313,7 @@ def test_every_command_tells_a_users_error_without_a_traceback(
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distilllens.quickstart.skills_main", interrupt)
+    monkeypatch.setattr("distilllens.commands.skills.skills_main", interrupt)
     assert command_main(["skills"]) == 130
 
 

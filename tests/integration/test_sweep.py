@@ -69,7 +69,7 @@ EVALUATE = """
 import dataclasses, json, sys
 from pathlib import Path
 from distilllens.config import load_evaluate_config
-from distilllens.evaluation.provenance import checkpoint_fingerprint
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
 
 config = load_evaluate_config(sys.argv[1:])
 method, seed = config.name, int(Path(config.output_dir).name.removeprefix("seed"))

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from distilllens import distributed
 from distilllens.config import load_config
 from distilllens.runs import create_run_folder
+from distilllens.runtime import distributed
 from distilllens.session import build_trainer
 from distilllens.trainer import Trainer
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distilllens.chunks import LogitTransform, Term, Unembedding, default_chunk_rows
 from distilllens.divergence import DIVERGENCES, DivergenceOptions
 from distilllens.fused import fused_linear_divergence, fused_linear_terms
+from distilllens.kernels.chunks import LogitTransform, Term, Unembedding, default_chunk_rows
 
 KINDS = sorted(DIVERGENCES)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from distilllens.divergence import DIVERGENCES, DivergenceOptions
-from distilllens.row_gradients import (
+from distilllens.kernels.row_gradients import (
     add_cross_entropy_gradient_,
     cross_entropy,
     divergence_and_gradient_,
@@ -78,7 +78,7 @@ Compare = Callable[[Case], Result]
 
 def call_kernel(case: Case) -> Result:
     """Returns the two sums and the gradient."""
-    from distilllens.row_kernel import compare_rows
+    from distilllens.kernels.row_kernel import compare_rows
 
     gradient = torch.empty_like(case.student) if case.gradient is None else case.gradient
     sums = compare_rows(
@@ -443,7 +443,7 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from distilllens.row_kernel import BLOCK, NUM_WARPS, _compare_row
+    from distilllens.kernels.row_kernel import BLOCK, NUM_WARPS, _compare_row
 
     constants = {"TEMPERED": False, **PLAIN, **flags, "BLOCK": BLOCK}
     constants |= {

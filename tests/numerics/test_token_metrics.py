@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from distilllens.config import SamplingConfig
 from distilllens.data.records import Record
 from distilllens.errors import NumericsError
-from distilllens.evaluation.exposure_bias import (
+from distilllens.evaluation.measures.exposure_bias import (
     excess_accumulated_error,
     measure_exposure_bias,
     plain_sampling,
 )
-from distilllens.evaluation.teacher_forcing import TokenScorer, TokenText
-from distilllens.evaluation.token_metrics import compute_token_metrics, encode_references
+from distilllens.evaluation.measures.teacher_forcing import TokenScorer, TokenText
+from distilllens.evaluation.measures.token_metrics import compute_token_metrics, encode_references
 
 VOCAB = 37
 TEXTS = [

@@ -15,10 +15,10 @@ from test_fused import CAP, TOLERANCE, Case, LargestTensor, relative
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from distilllens import chunks
-from distilllens.chunks import LogitTransform, Term, Unembedding
 from distilllens.divergence import DIVERGENCES, DivergenceOptions, divergence, likeliest_tokens
 from distilllens.fused import fused_linear_divergence, fused_linear_terms
+from distilllens.kernels import chunks
+from distilllens.kernels.chunks import LogitTransform, Term, Unembedding
 
 KINDS = sorted(DIVERGENCES)
 F_DIVERGENCES = [kind for kind in KINDS if kind != "akl"]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from distilllens import checkpoint, distributed
+from distilllens import checkpoint
 from distilllens.checkpoint import (
     TrainState,
     copy_model,
@@ -27,11 +27,12 @@ from distilllens.checkpoint import (
 )
 from distilllens.config import OptimConfig, RunConfig, TrackingConfig, TrainConfig
 from distilllens.errors import CheckpointError, StorageError
-from distilllens.export import export_main
-from distilllens.faults import VARIABLE
-from distilllens.manifest import find_damage, hash_folder, write_manifest
-from distilllens.resume import check_same_config, check_same_facts, find_state
+from distilllens.publish.export import export_main
 from distilllens.runs import RunFolder
+from distilllens.runtime import distributed
+from distilllens.runtime.faults import VARIABLE
+from distilllens.runtime.manifest import find_damage, hash_folder, write_manifest
+from distilllens.training.resume import check_same_config, check_same_facts, find_state
 
 # --- The best -----------------------------------------------------------------------------------
 

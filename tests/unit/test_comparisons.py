@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from distilllens.errors import DataError
-from distilllens.report.comparison_tables import comparisons_csv, comparisons_markdown
-from distilllens.report.comparisons import MetricComparison, compare_methods
-from distilllens.report.score_files import build_scoreboard
-from distilllens.report.scores import choose_baseline, collect_scores, group_methods
+from distilllens.report.comparison.files import build_scoreboard
+from distilllens.report.comparison.methods import MetricComparison, compare_methods
+from distilllens.report.comparison.tables import comparisons_csv, comparisons_markdown
+from distilllens.report.scores.load import choose_baseline, collect_scores, group_methods
 
 Samples = list[dict[str, object]]
 

@@ -24,11 +24,11 @@ from transformers import (
 
 from distilllens.config import EvalConfig
 from distilllens.errors import ConfigError, NumericsError
-from distilllens.evaluation import decoding
-from distilllens.evaluation.decoding import ChoiceProcessor, Decoder, Request, can_select
-from distilllens.evaluation.row_cache import can_hold
-from distilllens.evaluation.sampling import RowRules, TokenChooser
-from distilllens.evaluation.stores import LibraryStore, RowStore
+from distilllens.evaluation.decoding import loop as decoding
+from distilllens.evaluation.decoding.loop import ChoiceProcessor, Decoder, Request, can_select
+from distilllens.evaluation.decoding.row_cache import can_hold
+from distilllens.evaluation.decoding.sampling import RowRules, TokenChooser
+from distilllens.evaluation.decoding.stores import LibraryStore, RowStore
 
 EOS = 0
 NEW = 16

@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from distilllens import doctor
 from distilllens.__main__ import main
-from distilllens.doctor import Finding, doctor_main, examine, show
-from distilllens.faults import POINTS
-from distilllens.lock import locked
-from distilllens.manifest import hash_folder, write_manifest
+from distilllens.commands import doctor
+from distilllens.commands.doctor import Finding, doctor_main, examine, show
 from distilllens.runs import RunFolder, create_run_folder, write_status
+from distilllens.runtime.faults import POINTS
+from distilllens.runtime.lock import locked
+from distilllens.runtime.manifest import hash_folder, write_manifest
 
 SECRET = "aV3ry5ecretValue"
 

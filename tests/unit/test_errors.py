@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from distilllens.errors import CheckpointError, DataError, UserError
-from distilllens.signals import Stopped
+from distilllens.runtime.signals import Stopped
 
 
 @pytest.mark.parametrize(

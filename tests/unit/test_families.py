@@ -11,7 +11,6 @@ from model_zoo import BLOCKS, FAMILIES, SOFT_CAP, VOCAB, WIDTH, build, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from distilllens.chunks import LogitTransform
 from distilllens.errors import ConfigError
 from distilllens.families import (
     base_model,
@@ -22,6 +21,7 @@ from distilllens.families import (
     parameter_count,
     run_body,
 )
+from distilllens.kernels.chunks import LogitTransform
 
 # Where each family keeps its final norm; written down from the model files, None: it has none.
 FINAL_NORMS: dict[str, Callable[[Any], nn.Module] | None] = {

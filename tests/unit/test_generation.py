@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distilllens.config import EvalConfig
 from distilllens.errors import ConfigError, NumericsError
-from distilllens.evaluation.fast_linear import fast_linears
+from distilllens.evaluation.decoding.fast_linear import fast_linears
 from distilllens.evaluation.generation import (
     Answer,
     cut_at_eos,

@@ -27,8 +27,8 @@ from distilllens.lens_matrix import (
     compute_lens_map,
     lens_divergences,
 )
+from distilllens.report.lens.plots import colour_limit, lens_panels, plot_lens_map
 from distilllens.report.lens_map import entropy_csv, lens_map_csv
-from distilllens.report.lens_plots import colour_limit, lens_panels, plot_lens_map
 from distilllens.report.style import LIGHT, THEMES, figure_png
 
 Gpt2 = Callable[..., GPT2LMHeadModel]

@@ -25,24 +25,23 @@ from distilllens.errors import ConfigError, DataError
 from distilllens.layers import LayerPair
 from distilllens.lens import LogitLens
 from distilllens.lens_matrix import LensMap, LensRows, collect_rows
-from distilllens.report.lens_files import study_document
-from distilllens.report.lens_page import LEVELS, embedded_json, palette_css, render_lens_page
-from distilllens.report.lens_readings import LensReadings, read_layers
-from distilllens.report.lens_samples import (
+from distilllens.report.lens.files import study_document
+from distilllens.report.lens.page import LEVELS, embedded_json, palette_css, render_lens_page
+from distilllens.report.lens.readings import LensReadings, read_layers
+from distilllens.report.lens.samples import (
     HeldOut,
     TextSample,
     answer_greedily,
     own_prompts,
     read_held_out,
 )
-from distilllens.report.lens_statistics import (
+from distilllens.report.lens.statistics import (
     STATISTICS,
     compute_statistics,
     expected_calibration_error,
 )
-from distilllens.report.lens_study import ModelFigures, Source, Study, StudySettings
-from distilllens.report.style import LIGHT, figure_png, figure_svg
-from distilllens.report.token_map import (
+from distilllens.report.lens.study import ModelFigures, Source, Study, StudySettings
+from distilllens.report.lens.token_map import (
     SampleReadings,
     counterpart_table,
     counterparts,
@@ -50,7 +49,8 @@ from distilllens.report.token_map import (
     plot_token_map,
     shown_layers,
 )
-from distilllens.report.token_text import TokenText, visible
+from distilllens.report.lens.token_text import TokenText, visible
+from distilllens.report.style import LIGHT, figure_png, figure_svg
 
 Gpt2 = Callable[..., GPT2LMHeadModel]
 VOCABULARY = 300

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from distilllens.loader import prefetch
+from distilllens.training.loader import prefetch
 
 
 def test_results_come_in_order_from_one_thread() -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from distilllens import distributed
 from distilllens.errors import ConfigError, StorageError
-from distilllens.lock import holder, locked
+from distilllens.runtime import distributed
+from distilllens.runtime.lock import holder, locked
 
 PROJECT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from distilllens.lock import locked
+from distilllens.runtime.lock import locked
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(120)

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from distilllens.data.records import Record, read_records
 from distilllens.errors import ConfigError
-from distilllens.evaluation.prompts import cut_record, fit_prompts
+from distilllens.evaluation.cells.prompts import cut_record, fit_prompts
 
 HEAD = "Below is an instruction that describes a task"
 END = "\n\n### Response:\n"

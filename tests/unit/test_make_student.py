@@ -23,9 +23,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from distilllens.commands.make_student import build_student, make_student_main
 from distilllens.errors import ConfigError
 from distilllens.families import find_parts
-from distilllens.make_student import build_student, make_student_main
 
 INPUT_BT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

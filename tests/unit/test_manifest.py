@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from distilllens.errors import CheckpointError
-from distilllens.faults import VARIABLE, InjectedFault
-from distilllens.manifest import (
+from distilllens.runtime.faults import VARIABLE, InjectedFault
+from distilllens.runtime.manifest import (
     FORMAT_VERSION,
     FileRecord,
     HashedFile,

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from distilllens.config import load_config
-from distilllens.dry_step import (
+from distilllens.lens import LogitLens
+from distilllens.models import add_lora
+from distilllens.student import lens_rows
+from distilllens.training.dry_step import (
     BatchShape,
     LiveBytes,
     build_shape,
@@ -28,8 +31,7 @@ from distilllens.dry_step import (
     count_student,
     count_teacher,
 )
-from distilllens.lens import LogitLens
-from distilllens.memory import (
+from distilllens.training.memory import (
     KEPT_FREE,
     MALLOC_VARIABLE,
     at_stage,
@@ -40,9 +42,7 @@ from distilllens.memory import (
     longest_batch,
     stages_table,
 )
-from distilllens.models import add_lora
-from distilllens.setup import Plan, plan_run
-from distilllens.student import lens_rows
+from distilllens.training.setup import Plan, plan_run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BATCH = BatchShape(records=2, length=64, rows=50)

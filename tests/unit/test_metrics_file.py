@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distilllens.errors import DataError
-from distilllens.report.metrics_file import MetricsFile, read_metrics
+from distilllens.report.runs.metrics_file import MetricsFile, read_metrics
 
 
 def write_lines(path: Path, *lines: object, tail: bytes = b"") -> Path:

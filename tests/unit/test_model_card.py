@@ -19,9 +19,16 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import BPE
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from distilllens import card_facts, model_card
 from distilllens.__main__ import main
-from distilllens.card_facts import (
+from distilllens.config import SamplingConfig, dump_config, load_config
+from distilllens.data.encode import encode_prompts
+from distilllens.data.prompts import alpaca_prompt, chat_template
+from distilllens.errors import DataError
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
+from distilllens.publish import card as model_card
+from distilllens.publish import card_facts
+from distilllens.publish.card import own_licence
+from distilllens.publish.card_facts import (
     FACTS_FILE,
     CardFacts,
     count_parameters,
@@ -32,13 +39,12 @@ from distilllens.card_facts import (
     public_text,
     read_facts,
 )
-from distilllens.config import SamplingConfig, dump_config, load_config
-from distilllens.data.encode import encode_prompts
-from distilllens.data.prompts import alpaca_prompt, chat_template
-from distilllens.errors import DataError
-from distilllens.evaluation.provenance import checkpoint_fingerprint
-from distilllens.export import export_model, generation_settings, with_chat_template, write_model
-from distilllens.model_card import own_licence
+from distilllens.publish.export import (
+    export_model,
+    generation_settings,
+    with_chat_template,
+    write_model,
+)
 from distilllens.runs import RunFolder
 
 ENGINE = SimpleNamespace(zero_optimization_partition_weights=lambda: False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distilllens.numerics_guard import NumericsGuard, WatchedStep
+from distilllens.training.numerics_guard import NumericsGuard, WatchedStep
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,6 @@ from PIL import Image
 
 from distilllens.config import TrainConfig
 from distilllens.layers import LayerPair
-from distilllens.report.curves import Curve
-from distilllens.report.metrics_file import MetricsLine
 from distilllens.report.plots import (
     Panel,
     curve_panels,
@@ -26,8 +24,10 @@ from distilllens.report.plots import (
     running_mean,
     score_panel,
 )
-from distilllens.report.run_groups import RunGroup
-from distilllens.report.run_record import RunRecord
+from distilllens.report.runs.curves import Curve
+from distilllens.report.runs.groups import RunGroup
+from distilllens.report.runs.metrics_file import MetricsLine
+from distilllens.report.runs.record import RunRecord
 from distilllens.report.style import DARK, LIGHT, THEMES, add_legend, figure_png, figure_svg
 from distilllens.report.tables import Row, ScoreTable, Summary
 

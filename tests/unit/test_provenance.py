@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from distilllens.evaluation.provenance import checkpoint_fingerprint, differences
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint, differences
 
 
 def write_checkpoint(folder: Path, weight: torch.Tensor, config: str = "{}") -> str:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from distilllens.data.skills import generate_skills
+from distilllens.data.skills.records import generate_skills
 from distilllens.evaluation.rouge import exact_match, normalize_answer, rouge_l, rouge_l_max
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from distilllens.config import TrainConfig
 from distilllens.report.html import Drawings
-from distilllens.report.metrics_file import MetricsLine
 from distilllens.report.plots import curve_panels
-from distilllens.report.run_differences import compare_configurations
-from distilllens.report.run_groups import RunGroup, group_runs
-from distilllens.report.run_progress import Progress, progress_of, seconds_per_step, total_steps
-from distilllens.report.run_record import RunRecord
-from distilllens.report.samples import marked_words
+from distilllens.report.runs.differences import compare_configurations
+from distilllens.report.runs.groups import RunGroup, group_runs
+from distilllens.report.runs.metrics_file import MetricsLine
+from distilllens.report.runs.progress import Progress, progress_of, seconds_per_step, total_steps
+from distilllens.report.runs.record import RunRecord
+from distilllens.report.scores.samples import marked_words
 from distilllens.report.watch import Watched, watch_runs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from distilllens.config import EvalConfig
-from distilllens.evaluation.sampling import (
+from distilllens.evaluation.decoding.sampling import (
     NoRepeatNgrams,
     RowNoise,
     RowRules,

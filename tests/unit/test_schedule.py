@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distilllens.config import LensConfig, OptimConfig
-from distilllens.schedule import learning_rate, lens_share, warmup_steps
+from distilllens.training.schedule import learning_rate, lens_share, warmup_steps
 
 COSINE = OptimConfig(lr=1.0, lr_min=0.2, schedule="cosine")
 LINEAR = OptimConfig(lr=1.0, lr_min=0.2, schedule="linear")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from distilllens.evaluation import scoring
-from distilllens.evaluation.scoring import Score, Scorer, score_answer
+from distilllens.evaluation.scoring import pool as scoring
+from distilllens.evaluation.scoring.pool import Score, Scorer, score_answer
 
 PROJECT = Path(__file__).resolve().parents[2]
 WORDS = ("red", "running", "cats", "naïve", "你好", "42", "?!", "\u2028", "\n", '"', "\\")
@@ -73,7 +73,7 @@ def test_an_error_there_is_an_error_here(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_process_loads_no_heavy_library() -> None:
     code = (
-        "import sys, distilllens.evaluation.score_worker; "
+        "import sys, distilllens.evaluation.scoring.worker; "
         "sys.exit(not {'torch', 'transformers'}.isdisjoint(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
@@ -81,7 +81,7 @@ def test_the_process_loads_no_heavy_library() -> None:
 
 OWNER = """
 import time
-from distilllens.evaluation import scoring
+from distilllens.evaluation.scoring import pool as scoring
 scoring.MIN_PAIRS = 0
 with scoring.Scorer(2, pairs=1) as scorer:
     scorer.add(0, "a", ["a"])

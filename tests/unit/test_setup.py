@@ -15,9 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from distilllens.config import OptimConfig, TrainConfig, load_config
-from distilllens.deepspeed_file import load_deepspeed_config
 from distilllens.errors import ConfigError, DataError
-from distilllens.setup import build_optimizer, count_steps, plan_run
+from distilllens.training.deepspeed_file import load_deepspeed_config
+from distilllens.training.setup import build_optimizer, count_steps, plan_run
 
 FAMILIES = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
 CONFIG = TrainConfig(optim=OptimConfig(weight_decay=0.125, lr=0.5))

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilllens.evaluation.shares import Share, deal
+from distilllens.evaluation.cells.shares import Share, deal
 
 CELLS = st.lists(st.none() | st.lists(st.integers(0, 99), unique=True, max_size=30), max_size=12)
 

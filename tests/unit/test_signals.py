@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from distilllens import distributed, signals
 from distilllens.errors import ConfigError
-from distilllens.signals import Request, SteadyStream, Stopped, StopRequest, poll, stoppable
+from distilllens.runtime import distributed, signals
+from distilllens.runtime.signals import Request, SteadyStream, Stopped, StopRequest, poll, stoppable
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -153,7 +153,7 @@ def test_handlers_are_put_back() -> None:
 TWO_INTERRUPTS = """
 import hashlib, os, signal, sys, threading
 from pathlib import Path
-from distilllens.signals import StopRequest
+from distilllens.runtime.signals import StopRequest
 
 stop = StopRequest(resume_command="THE COMMAND")
 stop.before_abort = lambda: Path(sys.argv[1]).write_text("told")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
-from distilllens.data.skills import generate_skills
+from distilllens.data.skills.records import generate_skills
 
 MEMBERS = {
     "animal": "cat dog horse cow sheep goat mouse wolf lion frog",

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distilllens.commands.skills import build_tiny_models, skills_main
 from distilllens.data.prompts import alpaca_prompt
-from distilllens.data.skill_kinds import KINDS, Task
-from distilllens.data.skills import (
+from distilllens.data.skills.kinds import KINDS, Task
+from distilllens.data.skills.records import (
     copies_phrase,
     generate_skills,
     train_skill_tokenizer,
     write_skills,
 )
 from distilllens.errors import DataError
-from distilllens.quickstart import build_tiny_models, skills_main
 
 Row = dict[str, str]
 
@@ -79,7 +79,9 @@ def test_each_kind_asks_in_several_ways(rows: list[Row]) -> None:
 
 
 def test_too_many_records_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distilllens.data.skills.KINDS", {"only": lambda rng: Task("a", "", "b")})
+    monkeypatch.setattr(
+        "distilllens.data.skills.records.KINDS", {"only": lambda rng: Task("a", "", "b")}
+    )
     assert len(generate_skills(seed=0, train=1, dev=0, test=0).train) == 1
     with pytest.raises(DataError, match="1 different prompts, 3 too few"):
         generate_skills(seed=0, train=4, dev=0, test=0)

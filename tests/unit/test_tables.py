@@ -13,11 +13,10 @@ import pytest
 from rich.console import Console
 
 from distilllens.errors import ConfigError, DataError
-from distilllens.evaluation.metrics_table import LABELS
-from distilllens.report.metrics import metric_of
-from distilllens.report.paper import SAMPLING_SEEDS, STUDENTS, build_paper_table
-from distilllens.report.score_warnings import comparison_warnings
-from distilllens.report.scores import (
+from distilllens.evaluation.cells.metrics_table import LABELS
+from distilllens.report.comparison.paper import SAMPLING_SEEDS, STUDENTS, build_paper_table
+from distilllens.report.comparison.warnings import comparison_warnings
+from distilllens.report.scores.load import (
     Method,
     choose_baseline,
     chosen_metrics,
@@ -25,6 +24,7 @@ from distilllens.report.scores import (
     group_methods,
     prompt_counts,
 )
+from distilllens.report.scores.metrics import metric_of
 from distilllens.report.tables import (
     Marks,
     ScoreTable,

@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distilllens import cache_teacher
-from distilllens.cache_teacher import (
+from distilllens.commands import cache_teacher
+from distilllens.commands.cache_teacher import (
     CacheJob,
     length_batches,
     make_cache,
@@ -30,10 +30,9 @@ from distilllens.data.collate import Batch, collate
 from distilllens.data.tokenize import PreparedData, response_rows
 from distilllens.errors import CheckpointError, ConfigError
 from distilllens.lens import LogitLens
-from distilllens.setup import Plan, plan_run
-from distilllens.signals import StopRequest
+from distilllens.runtime.signals import StopRequest
 from distilllens.student import Teacher
-from distilllens.teacher_cache import (
+from distilllens.teacher.cache import (
     CachedTeacher,
     bytes_per_row,
     check_same_key,
@@ -42,6 +41,7 @@ from distilllens.teacher_cache import (
     read_manifest,
     relative_errors,
 )
+from distilllens.training.setup import Plan, plan_run
 
 CPU = torch.device("cpu")
 LAYERS = [1, 3]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilllens.evaluation.text_metrics import compute_text_metrics
+from distilllens.evaluation.scoring.text_metrics import compute_text_metrics
 
 
 def measure(*answers: str, truncated: Sequence[bool] = ()) -> dict[str, float]:

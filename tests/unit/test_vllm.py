@@ -19,9 +19,9 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from distilllens.config import EvalConfig, EvaluateConfig
 from distilllens.errors import ConfigError
-from distilllens.evaluation import vllm_backend
+from distilllens.evaluation.cells.provenance import identity
 from distilllens.evaluation.generation import Answer
-from distilllens.evaluation.provenance import identity
+from distilllens.evaluation.vllm import backend as vllm_backend
 
 ROWS = 320
 """Of the stand-in's head; the tokenizer has 300 tokens."""
@@ -105,11 +105,11 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[LLM]]
     for name in ("vllm.v1", "vllm.v1.sample"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, processors.__name__, processors)
-    monkeypatch.delitem(sys.modules, "distilllens.evaluation.vllm_rules", raising=False)
+    monkeypatch.delitem(sys.modules, "distilllens.evaluation.vllm.rules", raising=False)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     LLM.made.clear()
     yield LLM
-    sys.modules.pop("distilllens.evaluation.vllm_rules", None)
+    sys.modules.pop("distilllens.evaluation.vllm.rules", None)
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[Answer]:

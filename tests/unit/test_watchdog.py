@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from distilllens.watchdog import watching
+from distilllens.runtime.watchdog import watching
 
 
 def test_silence_is_noticed_once() -> None:

@@ -23,6 +23,7 @@ from rich.console import Console
 from distilllens.config import JudgeConfig, load_judge_config
 from distilllens.data.progress import track
 from distilllens.errors import EXIT_OK, EXIT_TIME_LIMIT, ConfigError, StorageError
+from distilllens.evaluation.cells.results import check_writable
 from distilllens.evaluation.judge.answers import Item, load_items
 from distilllens.evaluation.judge.cache import ReplyCache
 from distilllens.evaluation.judge.client import Endpoint
@@ -40,10 +41,9 @@ from distilllens.evaluation.judge.summary import (
     summarise,
     table_rows,
 )
-from distilllens.evaluation.results import check_writable
-from distilllens.lock import locked
 from distilllens.runs import git_commit, redact, replace_text, versions, write_json
-from distilllens.signals import Stopped, stoppable
+from distilllens.runtime.lock import locked
+from distilllens.runtime.signals import Stopped, stoppable
 
 
 def judge_main(argv: Sequence[str]) -> int:

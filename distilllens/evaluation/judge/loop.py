@@ -15,7 +15,7 @@ from distilllens.errors import ConfigError
 from distilllens.evaluation.judge.cache import ReplyCache
 from distilllens.evaluation.judge.client import Endpoint, NoReplyError, RefusedError, SpentError
 from distilllens.evaluation.judge.questions import Conversation, Reply
-from distilllens.signals import poll
+from distilllens.runtime.signals import poll
 
 TICK = 0.2
 """Seconds between looks at signals."""

@@ -1,0 +1,1 @@
+"""Commands of ``python -m distilllens`` that belong to no other package."""

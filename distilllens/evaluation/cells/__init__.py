@@ -1,0 +1,1 @@
+"""The cells of an evaluation, checkpoint × set × seed: planned, shared, kept, finished."""

@@ -1,0 +1,1 @@
+"""Text from a model: the loop, its caches, the samples."""

@@ -1,0 +1,1 @@
+"""Answers to numbers, in processes of their own."""

@@ -1,0 +1,1 @@
+"""The mathematics of a step, fused: rows through both heads, chunk by chunk."""

@@ -1,0 +1,1 @@
+"""A trained student as a folder for others: weights, card, chat template."""

@@ -1,0 +1,1 @@
+"""Methods compared: with one another and with the paper."""

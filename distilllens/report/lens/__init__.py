@@ -1,0 +1,1 @@
+"""The lens report: what every layer of teacher and student would say."""

@@ -1,0 +1,1 @@
+"""Training runs, read: their record, progress, curves, differences."""

@@ -1,0 +1,1 @@
+"""Scores and answers that evaluations left, read."""

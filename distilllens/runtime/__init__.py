@@ -1,0 +1,1 @@
+"""Processes and the machine: groups, signals, locks, faults, folders that appear whole."""
