@@ -52,7 +52,13 @@ from distilllens.training.loss_scale import is_at_smallest_scale, smallest_scale
 from distilllens.training.numerics_guard import NumericsGuard, WatchedStep
 from distilllens.training.resume import check_same_facts
 from distilllens.training.schedule import learning_rate, lens_share
-from distilllens.training.setup import Plan, StepCount, build_optimizer
+from distilllens.training.setup import (
+    Plan,
+    StepCount,
+    build_optimizer,
+    divide_weights,
+    prove_lens,
+)
 
 
 @dataclass
@@ -133,11 +139,15 @@ class Trainer:
         watched = [] if plan.dtype == torch.float16 else module.named_parameters()
         # In float16 a gradient that overflows is normal: DeepSpeed skips it and lowers its scale.
         self.guard = NumericsGuard(optimizer, watched, device, plan.optimizer_device)
+        if plan.zero_stage == 3:
+            divide_weights(module, plan, device)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=plan.deepspeed
         )
         self.module = module
-        if plan.zero_stage == 3:  # the fused loss reads these weights without calling their modules
+        if plan.zero_stage == 3:
+            prove_lens(module.lens, plan, data, device)
+            # The fused loss reads these weights without calling their modules.
             for parameter in module.lens.parts.head.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
         self.state = TrainState(tracker_id=tracker.run_id)
