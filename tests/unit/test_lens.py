@@ -215,21 +215,23 @@ class Capped(GPT2LMHeadModel):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_roundings_of_16_bits_would_hide_is_refused(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    size = {"n_layer": 3, "n_embd": 64, "n_head": 2, "vocab_size": 211}
-    model: Any = Capped(GPT2Config(**size, initializer_range=0.12)).eval().to(dtype)
+    size: dict[str, Any] = {"n_layer": 3, "n_embd": 64, "n_head": 2, "vocab_size": 211}
+    model: Any = Capped(GPT2Config(**size, initializer_range=0.12)).eval()
+    model.to(dtype)
     ids = torch.randint(0, 211, (1, 16))
     with torch.no_grad():
         bare = model.lm_head(model.transformer(ids).last_hidden_state)
         capped = model(ids).logits
     assert (bare - capped).abs().max() / capped.abs().max() < 0.006  # one or two roundings
-    with pytest.raises(ConfigError, match="'gpt2' differs .* by 0.00") as caught:
+    with pytest.raises(ConfigError, match=r"'gpt2' differs .* by 0\.00") as caught:
         LogitLens(model).self_check(ids)
     assert "behind the head Linear stands something else than None" in caught.value.why
 
 
 def test_what_has_16_bits_only_behind_the_blocks_is_refused() -> None:
     """A map that changes nothing, as an adapter before its training: the lens is right by luck."""
-    model: Any = build("llama").to(torch.bfloat16)
+    model: Any = build("llama")
+    model.to(torch.bfloat16)
     after = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
     nn.init.zeros_(after.weight)
     model.model.norm.register_forward_hook(lambda _m, _i, normed: normed + after(normed))
