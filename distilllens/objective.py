@@ -203,9 +203,10 @@ def _pair_weights(lens: LensConfig, pairs: Sequence[LayerPair]) -> list[float]:
         return [1.0] * count
     if len(weights) != count:
         raise ConfigError(
-            f"lens.weights has {len(weights)} entries {list(weights)}, but there are {count} pairs"
+            f"objective.lens.weights has {len(weights)} entries {list(weights)}, but there are "
+            f"{count} pairs"
         )
     total = sum(weights)
     if min(weights) < 0 or not total > 0:
-        raise ConfigError(f"lens.weights={list(weights)} must be ≥ 0 and not all 0")
+        raise ConfigError(f"objective.lens.weights={list(weights)} must be ≥ 0 and not all 0")
     return [weight * count / total for weight in weights]

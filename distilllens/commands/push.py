@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from distilllens.errors import CheckpointError, ConfigError, StorageError, UserError
+from distilllens.model_files import check_folder
 from distilllens.parsing import CommandParser
 from distilllens.publish.card import CARD, UNKNOWN
 from distilllens.publish.card_facts import FACTS_FILE, count_parameters, refuse_state
@@ -124,8 +125,7 @@ def check_folder_to_push(folder: Path, *, allow_unknown_licence: bool) -> Parcel
         ConfigError: No model, no card, a card with an unknown licence, or a link.
         CheckpointError: Weights are missing or cannot be read.
     """
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is no model's folder: it has no config.json")
+    check_folder(str(folder), "config.json", may_be_hub_name=False)
     make_it = f"python -m distilllens card {folder}"
     if not (folder / CARD).is_file():
         raise ConfigError(f"{folder} has no model card", fix=make_it)

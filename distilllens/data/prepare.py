@@ -165,7 +165,7 @@ def _prepare(config: PrepareConfig, model: str, console: Console) -> PreparedDat
             bad_lines=config.bad_lines,
         ),
         dev_size=config.dev_size,
-        tokenizer=load_tokenizer(model, **trust),
+        tokenizer=load_tokenizer(model, **trust, option="--model"),
         family=load_model_config(model, **trust).model_type,
         console=console,
     )

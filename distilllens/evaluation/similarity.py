@@ -131,10 +131,10 @@ def check_sentence_model(path: str, revision: str | None) -> bool:
             fix="bash scripts/setup.sh similarity, or python -m pip install "
             "'sentence-transformers>=6.2'",
         )
-    offline = check_source(path, MODULES, revision)
+    offline = check_source(path, MODULES, revision, kind="sentence model", option="--similarity")
     check_settings(path, "config.json", trust_remote_code=False)
     check_weights(path)
-    file = Path(path).expanduser() / MODULES
+    file = Path(path) / MODULES
     if file.is_file():
         _check_modules(path, file)
     return offline
@@ -155,7 +155,7 @@ def _check_modules(path: str, file: Path) -> None:
 
 def sentence_model_fingerprint(path: str, revision: str | None) -> str:
     """Returns a hash of weights, tokenizer and modules; see `checkpoint_fingerprint`."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     digest = hashlib.sha256(checkpoint_fingerprint(path, revision).encode())
     for file in sorted([*folder.glob("*.json"), *folder.glob("*/config.json")]):
         digest.update(file.read_bytes())

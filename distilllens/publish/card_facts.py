@@ -181,7 +181,7 @@ def facts_of_run(run: RunFolder, config: TrainConfig) -> CardFacts:
     except UserError:
         steps = None
     adapter = None if teacher is None else config.model.teacher_lora
-    licence, source = (None, "") if adapter is None else find_licence(Path(adapter).expanduser())
+    licence, source = (None, "") if adapter is None else find_licence(Path(adapter))
     return CardFacts(
         student=describe_model(config.model.student, config),
         teacher=None if teacher is None else describe_model(teacher, config),
@@ -239,7 +239,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 
 def describe_model(name: str, config: TrainConfig) -> ModelFacts:
     """Looks at a model's folder; of a hub name, only its configuration is looked up."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     is_folder = folder.is_dir()
     revision = config.model.revision
     try:

@@ -85,27 +85,27 @@ def plan_run(config: TrainConfig) -> Plan:
     """
     trust, revision = config.model.trust_remote_code, config.model.revision
 
-    def model_config(path: str) -> PretrainedConfig:
-        return load_model_config(path, trust_remote_code=trust, revision=revision)
+    def model_config(path: str, option: str) -> PretrainedConfig:
+        return load_model_config(path, trust_remote_code=trust, revision=revision, option=option)
 
-    def model_tokenizer(path: str) -> PreTrainedTokenizerBase:
-        return load_tokenizer(path, trust_remote_code=trust, revision=revision)
+    def model_tokenizer(path: str, option: str) -> PreTrainedTokenizerBase:
+        return load_tokenizer(path, trust_remote_code=trust, revision=revision, option=option)
 
     deepspeed_config, dtype = load_deepspeed_config(config)
-    student_config = model_config(config.model.student)
+    student_config = model_config(config.model.student, "--model.student")
     _check_dev_metric(config, deepspeed_config)
     outline = DistillationObjective(config.objective)  # without pairs, which need the teacher
     teacher_config, pairs, notes = None, [], []
     vocab_size = vocab_rows(student_config)
     if outline.needs_teacher:
         assert config.model.teacher is not None
-        teacher_config = model_config(config.model.teacher)
+        teacher_config = model_config(config.model.teacher, "--model.teacher")
         if outline.needs_pairs:
             pairs = _layer_pairs(config, teacher_config, student_config)
-    tokenizer = model_tokenizer(config.model.student)
+    tokenizer = model_tokenizer(config.model.student, "--model.student")
     if teacher_config is not None:
         assert config.model.teacher is not None
-        check_same_tokens(model_tokenizer(config.model.teacher), tokenizer)
+        check_same_tokens(model_tokenizer(config.model.teacher, "--model.teacher"), tokenizer)
         vocab_size, note = shared_vocab_size(vocab_rows(teacher_config), vocab_size, len(tokenizer))
         notes += [note] if note else []
         notes += _teacher_notes(config.model)

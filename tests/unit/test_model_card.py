@@ -595,7 +595,10 @@ def test_what_cannot_get_a_card(
     run: RunFolder, best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["card", "nowhere"]) == 2
-    assert "no model's folder" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "model folder nowhere not found" in told and "fix: put" in told
+    assert main(["card", str(run.root)]) == 2  # the likeliest mistake
+    assert f"fix: give the path {best}" in capsys.readouterr().err
     best.rename(tmp_path / "moved")
     (tmp_path / "moved" / FACTS_FILE).write_text("{}")
     assert main(["card", "moved"]) == DataError.exit_code

@@ -102,8 +102,9 @@ def test_the_package_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strangers_folders_are_looked_at_first(folder: Path, tmp_path: Path) -> None:
     assert check_sentence_model(str(folder), None)
-    with pytest.raises(ConfigError, match="not found"):
+    with pytest.raises(ConfigError, match="sentence model folder") as caught:
         check_sentence_model(str(tmp_path / "none"), None)
+    assert caught.value.fix.endswith("or give another --similarity")
 
     modules = json.loads((folder / "modules.json").read_text())
     modules[0]["type"] = "evil.Module"

@@ -74,7 +74,7 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
     the weights' bytes a sample is read: enough to tell two trainings apart, not two models that
     differ in a few numbers. A hub name is identified by its name and revision.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         return f"hub:{path}@{revision or 'default branch'}"
     digest = hashlib.sha256()
@@ -123,7 +123,7 @@ def method_name(config: EvaluateConfig) -> str:
     """
     if config.name:
         return config.name
-    checkpoint = Path(config.checkpoint).expanduser()
+    checkpoint = Path(config.checkpoint)
     run = checkpoint.parent
     trained = _training_record(run / "config.yaml")
     if trained is not None:

@@ -133,7 +133,9 @@ def _check_teacher(
 ) -> None:
     assert config.teacher is not None
     trust, revision = config.trust_remote_code, config.teacher_revision
-    theirs = load_tokenizer(config.teacher, trust_remote_code=trust, revision=revision)
+    theirs = load_tokenizer(
+        config.teacher, trust_remote_code=trust, revision=revision, option="--teacher"
+    )
     check_same_tokens(theirs, tokenizer)
     teacher = load_model_config(config.teacher, trust_remote_code=trust, revision=revision)
     student = _student_config(config)
@@ -141,7 +143,7 @@ def _check_teacher(
     longest = max(cell.data.longest_prompt for cell in cells)
     check_context_window(teacher, longest, config.eval.max_new_tokens)
     if config.teacher_lora is not None:
-        check_adapter(config.teacher_lora)
+        check_adapter(config.teacher_lora, "--teacher_lora")
 
 
 def _student_config(config: EvaluateConfig) -> Any:
