@@ -204,6 +204,20 @@ def test_garbage_is_unparsed_and_no_loss(
     assert server.count == 10
 
 
+def test_a_reply_that_ends_inside_an_emoji_stops_nothing(
+    place: Callable[..., int], server: Server
+) -> None:
+    """JSON may hold half of a surrogate pair, in the judge's words and in its name."""
+    half = {"model": "stub\ud83d", "choices": [{"message": {"content": "nice \ud83d"}}]}
+    server.script = [Action(body=json.dumps(half).encode())]
+    assert place("--against", "B") == 0
+    assert server.requests[1]["messages"][1]["content"] == "nice \\ud83d"
+    assert pairs()["wins"] == 2
+    assert results()["replied_as"] == {"stub\\ud83d": 1, "stub-1": 8}
+    assert place("--against", "B") == 0
+    assert server.count == 9
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_ends_it_at_once_and_keeps_what_is_there(
     place: Callable[..., int], server: Server, capfd: pytest.CaptureFixture[str], status: int

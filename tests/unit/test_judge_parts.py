@@ -16,7 +16,7 @@ from distilllens.config import JudgeConfig
 from distilllens.evaluation.judge.answers import Item
 from distilllens.evaluation.judge.cache import ReplyCache
 from distilllens.evaluation.judge.client import read_body
-from distilllens.evaluation.judge.loop import Ledger, _settle
+from distilllens.evaluation.judge.loop import Ledger, _settle, highest_cost
 from distilllens.evaluation.judge.questions import (
     Conversation,
     Reply,
@@ -119,6 +119,14 @@ def test_an_unreadable_reply_is_asked_again_with_the_reason() -> None:
     assert conversation.verdict is None
     assert conversation.problem == "it is empty"
     assert all(message["content"] for message in conversation.messages)
+
+
+def test_a_reply_cut_inside_an_emoji_is_quoted_as_what_can_be_sent() -> None:
+    conversation = score_question("p", "a", asks=2)
+    conversation.take(read_body(b'{"choices": [{"message": {"content": "ok \\ud83d"}}]}'))
+    quoted = conversation.messages[1]["content"]
+    assert quoted.encode("utf-8") == b"ok \\ud83d"  # the six characters of its escape
+    assert highest_cost(JudgeConfig(input_price=1, output_price=1), conversation) > 0
 
 
 @pytest.mark.parametrize(
