@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -335,11 +336,26 @@ def test_a_budget_of_requests_stops_and_goes_on(
     assert pairs()["wins"] == 2
 
 
+def test_a_budget_of_less_than_one_question_is_told(
+    place: Callable[..., int], server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what the message advises, every question can be asked."""
+    options = ["--against", "B", "--input_price", "2", "--output_price", "30"]
+    assert place(*options, "--max_cost", "0.0001") == 2
+    assert server.count == 0
+    told = capsys.readouterr().err
+    assert "max_cost=0.0001 is less than one question can cost" in told
+    advised = re.search(r"fix: --max_cost ([\d.]+), or", told)
+    assert advised is not None
+    assert 0.015 < float(advised[1]) < 0.03  # 512 · 30 / 10⁶, and two for each of some 1000 bytes
+    codes = [place(*options, "--max_cost", advised[1]) for _ in range(9)]
+    assert codes[-1] == 0 and set(codes) <= {0, 75}
+    assert pairs()["wins"] == 2
+
+
 def test_a_budget_of_cost_is_never_passed(place: Callable[..., int], server: Server) -> None:
     """A reply costs (100 · 2 + 10 · 30) / 10⁶ = 0.0005; what it may cost at most is more."""
     price = ["--input_price", "2", "--output_price", "30", "--max_tokens", "20"]
-    assert place("--against", "B", *price, "--max_cost", "0.0001") == 75
-    assert server.count == 0
     assert place("--against", "B", *price, "--max_cost", "0.005", "--concurrency", "3") == 75
     spent = results()["this_command"]["cost"]
     assert 0 < server.count < 8
