@@ -20,6 +20,7 @@ from distilllens.config import SamplingConfig
 from distilllens.data.records import Record
 from distilllens.errors import ConfigError, NumericsError
 from distilllens.evaluation.measures.exposure_bias import (
+    describe_excess,
     excess_accumulated_error,
     measure_exposure_bias,
     plain_sampling,
@@ -363,9 +364,12 @@ def test_too_little_memory_changes_no_exposure_bias(
     words: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    student, teacher = (TokenScorer(model, num_tokens=5) for model in speakers)
+
     def measured() -> dict[str, Any]:
         return measure_exposure_bias(
-            *(TokenScorer(model, num_tokens=5) for model in speakers),
+            student,
+            teacher,
             words,
             [PROMPT] * 12,
             settings=SamplingConfig(max_new_tokens=LONGEST, batch_size=8),
@@ -417,6 +421,10 @@ def test_by_hand() -> None:
     assert metrics["ex_acc_err_per_token"] == pytest.approx(100 * ((2 / 1.5) / (2 / 2.5) - 1))
     # Sums by prompt are 3, 1 and 2, 2; their residuals 1, −1 have the sd √2.
     assert metrics["ex_acc_err_se"] == pytest.approx(100 * math.sqrt(2) / (2 * math.sqrt(2)))
+    told = "0.00 % ± 50.00 excess accumulated error (standard error, n = 2 prompts)"
+    assert describe_excess(measured, 2) == told
+    alone = excess_accumulated_error(own[:1], known[:1], np.array([2]), np.array([3]))
+    assert describe_excess(alone, 1) == "50.00 % excess accumulated error (n = 1 prompts)"
 
 
 def test_standard_error_is_that_of_repeated_draws() -> None:

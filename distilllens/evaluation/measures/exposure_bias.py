@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -204,6 +204,16 @@ def excess_accumulated_error(
             "teacher_answers": (teacher_lengths_P >= steps[:, None]).sum(1).tolist(),
         },
     }
+
+
+def describe_excess(measured: Mapping[str, Any], num_prompts: int) -> str:
+    """Returns the excess accumulated error with its noise, or why there is none, for the screen."""
+    metrics = measured["metrics"]
+    excess, error = metrics["ex_acc_err"], metrics["ex_acc_err_se"]
+    if excess is None:
+        return str(measured["reason"])
+    spread, what = ("", "") if error is None else (f" ± {error:.2f}", "standard error, ")
+    return f"{excess:.2f} %{spread} excess accumulated error ({what}n = {num_prompts} prompts)"
 
 
 def _excess(own: float, known: float) -> float:
