@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from distilllens.errors import end_command
+from distilllens.errors import asks_for_debug, end_command
 
 COMMANDS = {
     "prepare": ("distilllens.data.prepare", "prepare_main", "tokenise records, or download them"),
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     name, *rest = arguments
     module, function, _ = COMMANDS[name]
-    debug = "--debug" in rest
+    debug = asks_for_debug(rest)
     if name not in OWN_DEBUG:
         rest = [argument for argument in rest if argument != "--debug"]
     try:  # imported late: torch takes seconds, help should not

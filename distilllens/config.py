@@ -478,7 +478,8 @@ class JudgeConfig:
     output_price: Weight | None = None
     """Price of a million output tokens."""
     max_cost: Weight | None = None
-    """Stop, with code 75, before this command's requests can cost more; needs both prices."""
+    """Stop, with code 75, before this command's requests can cost more; needs both prices. Must
+    allow one question."""
     max_requests: Count | None = None
     """Stop, with code 75, after this many requests of this command, tries included."""
     output_dir: str | None = None
@@ -624,6 +625,7 @@ def name_problems(key: str, name: str | None) -> list[str]:
 def evaluate_problems(config: EvaluateConfig) -> list[str]:
     """Returns the options of an evaluation that are in conflict; ranges stand at the fields."""
     sets, seeds = config.sets, config.eval.seeds
+    measures = config.token_metrics or config.exposure_bias
     rules = {
         "sets must not be empty": bool(sets),
         f"sets={sets} names a set twice": len(set(sets)) == len(sets),
@@ -632,7 +634,7 @@ def evaluate_problems(config: EvaluateConfig) -> list[str]:
         "trust_remote_code needs revision": not config.trust_remote_code or bool(config.revision),
         "exposure_bias needs teacher": not config.exposure_bias or bool(config.teacher),
         "teacher is read by token_metrics and exposure_bias: ask for one of them": (
-            config.teacher is None or config.token_metrics or config.exposure_bias
+            config.teacher is None or measures
         ),
         "teacher_lora needs teacher": config.teacher_lora is None or bool(config.teacher),
         "teacher_revision needs teacher": config.teacher_revision is None or bool(config.teacher),
@@ -642,6 +644,14 @@ def evaluate_problems(config: EvaluateConfig) -> list[str]:
         "teacher and similarity must not be empty": "" not in (config.teacher, config.similarity),
         "similarity_revision needs similarity": (
             config.similarity_revision is None or bool(config.similarity)
+        ),
+        "harness runs without backend=vllm, similarity, token_metrics and exposure_bias": (
+            config.harness is None
+            or not (measures or config.similarity or config.backend == "vllm")
+        ),
+        "harness_path and harness_fewshot need harness": (
+            config.harness is not None
+            or (config.harness_path is None and config.harness_fewshot is None)
         ),
     }
     return _broken(rules) + name_problems("name", config.name)

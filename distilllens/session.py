@@ -24,6 +24,7 @@ from distilllens.errors import (
     DistributedError,
     UserError,
     as_user_error,
+    asks_for_debug,
     is_first_here,
     leave_code,
 )
@@ -87,7 +88,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _session(arguments: list[str], held: ExitStack) -> int:
-    debug = any(argument.startswith("--debug") for argument in arguments)
+    debug = asks_for_debug(arguments)
     folder = None  # until it is known to be ours to write into
     try:
         config = load_config(arguments)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from distilllens.config import load_evaluate_config
-from distilllens.errors import EXIT_OK, end_command
+from distilllens.config import EvaluateConfig, load_evaluate_config
+from distilllens.errors import EXIT_OK, asks_for_debug, end_command
 from distilllens.evaluation.harness import run_harness
 from distilllens.evaluation.protocol import evaluate_checkpoint
 from distilllens.runtime.signals import Stopped, steady_screen
@@ -21,16 +21,16 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     goes_on = "the same command goes on with what is not finished"
+    config: EvaluateConfig | None = None
     try:
         config = load_evaluate_config(arguments)
         run = evaluate_checkpoint if config.harness is None else run_harness
         run(config)
     except (Exception, KeyboardInterrupt) as error:
-        overwrites = any(argument.startswith("--overwrite") for argument in arguments)
-        if overwrites:
+        if config is not None and config.overwrite:
             goes_on = goes_on.replace("command", "command without --overwrite")
-        if isinstance(error, Stopped) and overwrites:
-            error.fix = goes_on
-        debug = any(argument.startswith("--debug") for argument in arguments)
+            if isinstance(error, Stopped):
+                error.fix = goes_on
+        debug = asks_for_debug(arguments) if config is None else config.debug
         return end_command(error, debug=debug, interrupted=goes_on)
     return EXIT_OK

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from distilllens.errors import CheckpointError, DataError, UserError
+from distilllens.errors import CheckpointError, DataError, UserError, asks_for_debug
 from distilllens.runtime.signals import Stopped
 
 
@@ -23,3 +23,22 @@ def test_an_error_survives_the_way(error: UserError) -> None:
     arrived = copy.deepcopy(error)  # by the same method as pickle
     assert type(arrived) is type(error) and str(arrived) == str(error)
     assert arrived.exit_code == error.exit_code and arrived.__dict__ == error.__dict__
+
+
+@pytest.mark.parametrize(
+    ("line", "asks"),
+    [
+        ("", False),
+        ("--debug", True),
+        ("--debug --limit 0", True),
+        ("--limit 0 --debug true", True),
+        ("--debug=TRUE", True),
+        ("--debug false", False),
+        ("--debug False --limit 0", False),
+        ("--debug=false", False),
+        ("--debug --debug=false", False),
+        ("--debugger", False),
+    ],
+)
+def test_a_traceback_is_shown_where_it_is_asked_for(line: str, asks: bool) -> None:
+    assert asks_for_debug(line.split()) == asks

@@ -32,7 +32,7 @@ from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
 from distilllens.evaluation.cells.results import read_result, read_samples, write_cell, write_result
 from distilllens.evaluation.cells.shares import on_all_ranks, own_share
 from distilllens.evaluation.generation import check_context_window
-from distilllens.evaluation.measures.exposure_bias import measure_exposure_bias
+from distilllens.evaluation.measures.exposure_bias import describe_excess, measure_exposure_bias
 from distilllens.evaluation.measures.teacher_forcing import TokenScorer, num_known_tokens
 from distilllens.evaluation.measures.token_metrics import (
     References,
@@ -379,7 +379,8 @@ def _run_token_metrics(
     write_result(job.file, {**measured, "counts": counts, **_origin(config, job)})
     metrics = measured["metrics"]
     console.print(
-        f"{job.label}: {metrics['nll']:.4f} nats per token, ECE {metrics['ece']:.2f} %",
+        f"{job.label}: {metrics['nll']:.4f} nats per token, ECE {metrics['ece']:.2f} % "
+        f"(n = {measured['num_tokens']:,} tokens)",
         soft_wrap=True,
     )
 
@@ -406,9 +407,7 @@ def _run_exposure_bias(
         )
     origin = {"seed": job.cell.seed, **_origin(config, job)}
     write_result(job.file, {**measured, "num": len(prompts), **origin})
-    excess = measured["metrics"]["ex_acc_err"]
-    told = measured["reason"] if excess is None else f"{excess:.2f} % excess accumulated error"
-    console.print(f"{job.label}: {told}", soft_wrap=True)
+    console.print(f"{job.label}: {describe_excess(measured, len(prompts))}", soft_wrap=True)
 
 
 def _origin(config: EvaluateConfig, job: Job) -> dict[str, Any]:
