@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from distilllens import __version__
-from distilllens.errors import ConfigError, StorageError, UserError
+from distilllens.errors import ConfigError, DataError, StorageError, UserError
 from distilllens.runtime.manifest import DRAFT, saved_states
 
 RECORDED_PACKAGES = (
@@ -204,6 +204,24 @@ def check_unused(folder: RunFolder) -> None:
         fix="choose another --run.output_dir, or remove that folder",
         kept="everything in it is untouched",
     )
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """Returns what a run has recorded in a JSON file; ``default`` where there is no such file.
+
+    Raises:
+        DataError: It is not JSON, or of another type than ``default``.
+    """
+    if not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}", fix="remove the file") from None
+    if not isinstance(content, type(default)):
+        wanted = "a list" if isinstance(default, list) else "a JSON object"
+        raise DataError(f"{path}: expected {wanted}, got {type(content).__name__}")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
