@@ -59,6 +59,9 @@ URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
 SHORTEST_SECRET = 8
 """Values of secret variables that are shorter are not searched for in texts: they are words."""
 
+FACTS_FILE = "distilllens.json"
+"""Beside exported weights: how they were trained, from which their model card is written."""
+
 
 @dataclass(frozen=True)
 class RunFolder:

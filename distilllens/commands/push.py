@@ -27,8 +27,8 @@ from huggingface_hub.utils import validate_repo_id
 from distilllens.errors import CheckpointError, ConfigError, StorageError, UserError
 from distilllens.parsing import CommandParser
 from distilllens.publish.card import CARD, UNKNOWN
-from distilllens.publish.card_facts import FACTS_FILE, count_parameters, refuse_state
-from distilllens.runs import redact
+from distilllens.publish.card_facts import count_parameters, refuse_state
+from distilllens.runs import FACTS_FILE, redact
 
 SENT = (
     *(CARD, FACTS_FILE, "LICENSE*", "LICENCE*", "NOTICE*"),

@@ -22,12 +22,10 @@ from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
 from distilllens.models import load_model_config, num_blocks
 from distilllens.public import public_command, public_path, public_values
 from distilllens.publish.licences import find_licence
-from distilllens.runs import RunFolder, read_json, redact, replace_text
+from distilllens.runs import FACTS_FILE, RunFolder, read_json, redact, replace_text
 from distilllens.training.deepspeed_file import load_deepspeed_config
 from distilllens.training.setup import count_steps
 
-FACTS_FILE = "distilllens.json"
-"""Of an exported model: the facts of its card, from which the card is written again."""
 BESIDE_THE_RESULT = ("run", "tracking", "generate", "dry_run", "debug")
 """Sections and options that do not decide what is trained; of ``run``, the seed does."""
 

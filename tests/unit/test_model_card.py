@@ -36,7 +36,6 @@ from distilllens.public import public_command, public_path, public_text
 from distilllens.publish import card as model_card
 from distilllens.publish.card import own_licence
 from distilllens.publish.card_facts import (
-    FACTS_FILE,
     CardFacts,
     count_parameters,
     facts_of_run,
@@ -49,7 +48,7 @@ from distilllens.publish.export import (
     write_model,
 )
 from distilllens.publish.licences import find_licence
-from distilllens.runs import RunFolder
+from distilllens.runs import FACTS_FILE, RunFolder
 
 ENGINE = SimpleNamespace(zero_optimization_partition_weights=lambda: False)
 SECRET = "hf_" + "a1B2" * 8
@@ -630,7 +629,7 @@ def test_the_cards_command_asks_for_what_made_its_scores(best: Path, flags: str)
     (command,) = [line for line in text.splitlines() if line.startswith("python evaluate.py")]
     again = load_evaluate_config(shlex.split(command)[2:])
     places = {"checkpoint": asked.checkpoint, "output_dir": asked.output_dir}
-    assert dataclasses.replace(again, **places) == asked
+    assert dataclasses.asdict(again) | places == dataclasses.asdict(asked)
     assert f'long_prompts "{asked.eval.long_prompts}"' in text
 
 
