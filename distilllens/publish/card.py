@@ -276,7 +276,8 @@ def _training(facts: CardFacts) -> str:
 def _scores(facts: CardFacts, scores: Sequence[CardScore]) -> str:
     parts = []
     if facts.dev:
-        dev = [[name.removeprefix("eval/dev/"), f"{v:.6g}"] for name, v in facts.dev.items()]
+        figures = {name.removeprefix("eval/dev/"): value for name, value in facts.dev.items()}
+        dev = [[metric_of(n).title, f"{v:.6g}"] for n, v in figures.items() if n != "num"]
         count = facts.data.num_dev
         heading = f"On the dev set ({_known(count)} records), at step {_known(facts.step)}:"
         parts.append(f"{heading}\n\n{_table(['dev metric', 'value'], dev)}")

@@ -16,7 +16,7 @@ from distilllens.evaluation.cells.results import mean_and_sd, read_result
 from distilllens.evaluation.measures.run import EXPOSURE_FILE, TOKEN_FOLDER
 from distilllens.public import public_path
 from distilllens.report.scores.load import Score, collect_scores, evaluation_folder
-from distilllens.report.scores.metrics import metric_of
+from distilllens.report.scores.metrics import METRICS, metric_of
 
 Settings = tuple[tuple[str, str], ...]
 """Names, and values as JSON."""
@@ -64,7 +64,8 @@ def scores_of_model(folder: Path, evaluations: Sequence[Path]) -> list[CardScore
             out: they are told apart by `checkpoint_fingerprint`.
 
     Returns:
-        Sorted; of a set that was scored whole and in part (``--limit``), only the largest part.
+        By settings and set; of a set that was scored whole and in part (``--limit``), only the
+        largest part.
 
     Raises:
         ConfigError: A folder does not exist.
@@ -106,10 +107,11 @@ def mirrored_evaluations(run: Path) -> list[Path]:
 
 
 def _figures(scores: Sequence[Score]) -> Iterator[tuple[str, float, float | None, int]]:
-    """Yields each metric with its mean, its spread and its n; no counts."""
+    """Yields each metric in the order of reports, with mean, spread and n; no counts."""
     names = {name for score in scores for name in score.metrics}
     counts = {"num"} | {name for name in names if f"{name}_percent" in names}
-    for metric in sorted(names - counts):
+    known = [name for name in METRICS if name in names - counts]
+    for metric in [*known, *sorted(names - counts - set(known))]:
         # A copied result counts once.
         by_seed = {s.sampling_seed: s.metrics[metric] for s in scores if metric in s.metrics}
         if metric_of(metric).once_per_set:

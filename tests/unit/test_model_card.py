@@ -376,7 +376,11 @@ def test_card_tells_the_training(best: Path) -> None:
         "| optimizer steps | 30 of 40 |",  # 120 records / (2 · 3 · 2) = 10 an epoch, 4 epochs
         *("| epochs at this step | 3.00 |", "12 records: 2 × 3 accumulated × 2 processes"),
         *("| precision | bfloat16 |", "ZeRO stage 2", "`c0ffee`", "torch 2.13.0"),
-        *("| loss | 1.25 |", "torchrun --nproc_per_node 2 train.py", "`dolly/raw.jsonl`"),
+        *(
+            "| Loss (nats per token) | 1.25 |",
+            "torchrun --nproc_per_node 2 train.py",
+            "`dolly/raw.jsonl`",
+        ),
         "| data | unknown: check before you publish |",
         'messages = [{"role": "user"',
     ):
@@ -597,11 +601,11 @@ def test_what_is_measured_once_has_no_spread_and_counts_are_no_scores(best: Path
     card = ModelCard.load(best / "README.md")
     lines = [line.split(" | ") for line in card.text.splitlines() if line.startswith("| toy |")]
     assert [[line[1], line[2], line[3]] for line in lines] == [
-        ["Exact match (%)", "0.00 ± 0.00", "3"],
-        ["KL(teacher‖student) (nats per token)", "0.25", "1"],
-        ["Loss on the references (nats per token)", "1.36", "1"],
         ["Rouge-L", "21.00 ± 1.00", "3"],
+        ["Exact match (%)", "0.00 ± 0.00", "3"],
         ["Truncated answers (%)", "8.33 ± 8.33", "3"],  # of 12 answers 0, 1 and 2
+        ["Loss on the references (nats per token)", "1.36", "1"],
+        ["KL(teacher‖student) (nats per token)", "0.25", "1"],
     ]
     assert "| n | prompts |" in card.text
     results = {result.metric_type: result for result in card.data.eval_results or []}
@@ -661,7 +665,7 @@ def test_a_run_of_an_earlier_version_gets_a_card(run: RunFolder, best: Path) -> 
     run.metrics.write_text('{"step": 20, "eval/dev/loss": 2.5, "perf/eval_s": 1}\n{"step": 4')
     assert main(["card", str(best)]) == 0
     text = (best / "README.md").read_text()
-    assert "| optimizer steps | 20 of 40 |" in text and "| loss | 2.5 |" in text
+    assert "| optimizer steps | 20 of 40 |" in text and "| Loss (nats per token) | 2.5 |" in text
     assert "model was not trained on that template" in text
 
 
