@@ -422,9 +422,13 @@ def test_without_a_cell_nothing_covers_the_maps(desk: Visit, document: dict[str,
     cell = desk.cell(0, 2, 2)
     cell.evaluate("e => scrollBy(0, e.getBoundingClientRect().bottom - innerHeight + 20)")
     place = cell.bounding_box()
-    page.mouse.move(place["x"] + 5, place["y"] + 5)  # the panel opens under the pointer
-    page.wait_for_timeout(100)
-    page.mouse.move(place["x"] + 6, place["y"] + 6)
+    count = "window.turns = 0; new MutationObserver(() => { window.turns += 1; })"
+    page.evaluate(f"{count}.observe(document.getElementById('detail'), {{attributes: true}})")
+    for step in range(5, 10):  # the panel opens under the pointer
+        page.mouse.move(place["x"] + step, place["y"] + 5)
+        page.wait_for_timeout(50)
+    under = f"document.elementFromPoint({place['x'] + 9}, {place['y'] + 5}).closest('#detail')"
+    assert page.evaluate(f"[{under} !== null, window.turns]") == [True, 1]
     assert page.evaluate(style) == "sticky" and desk.detail(0) == expected_top(document, 0, 0, 2, 2)
     page.mouse.move(2, 2)
     assert page.evaluate(style) == "static"
