@@ -566,6 +566,12 @@ def parse_wall_time(text: str, name: str = "run.max_wall_time") -> float:
     return 3600.0 * hours + 60.0 * minutes + seconds
 
 
+def clock(seconds: float) -> str:
+    """Returns a time as H:MM:SS, the nearest second."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
 def train_problems(config: TrainConfig) -> list[str]:
     """Returns the options of a training that are in conflict; ranges stand at the fields."""
     model, data, objective, optim = config.model, config.data, config.objective, config.optim

@@ -28,8 +28,8 @@ from distilllens.errors import CheckpointError, ConfigError, StorageError, UserE
 from distilllens.model_files import check_folder
 from distilllens.parsing import CommandParser
 from distilllens.publish.card import CARD, UNKNOWN
-from distilllens.publish.card_facts import FACTS_FILE, count_parameters, refuse_state
-from distilllens.runs import redact
+from distilllens.publish.card_facts import count_parameters, refuse_state
+from distilllens.runs import FACTS_FILE, redact
 
 SENT = (
     *(CARD, FACTS_FILE, "LICENSE*", "LICENCE*", "NOTICE*"),

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from distilllens.report.runs.curves import PER_LAYER, Curve, curves_of
 from distilllens.report.runs.groups import RunGroup, Series
+from distilllens.report.scores.table import ScoreTable
 from distilllens.report.style import Theme, line_style, new_axes, themed
-from distilllens.report.tables import ScoreTable
 
 CURVE_SIZE = (4.3, 2.75)
 """Inches: as wide as a phone, so that text is as large there as beside other panels."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from distilllens.config import clock
 from distilllens.errors import CODE_FILE, EXIT_INTERRUPTED, EXIT_TIME_LIMIT, StorageError
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT)
@@ -209,12 +210,6 @@ class Runner:
     def _last_lines(self) -> Text:
         lines = [f"{run.job.label}: {last_line(run.job.screen)}" for run in self._running]
         return Text("\n".join(lines), style="dim", no_wrap=True, overflow="ellipsis")
-
-
-def clock(seconds: float) -> str:
-    """Returns hours, minutes and seconds."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
 def _tail(path: Path) -> list[str]:

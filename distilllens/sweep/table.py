@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from distilllens.errors import StorageError
 from distilllens.report.comparison.methods import MetricComparison, compare_methods
@@ -16,17 +16,9 @@ from distilllens.report.comparison.tables import comparisons_csv, comparisons_ma
 from distilllens.report.plots import score_panel
 from distilllens.report.scores.load import Method, sort_sets
 from distilllens.report.scores.metrics import ALWAYS
+from distilllens.report.scores.table import Row, ScoreTable, Summary, to_csv
 from distilllens.report.style import LIGHT, figure_png
-from distilllens.report.tables import (
-    MISSING,
-    Marks,
-    Row,
-    ScoreTable,
-    Summary,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from distilllens.report.tables import MISSING, Marks, to_latex, to_markdown
 from distilllens.statistics import LEVEL
 from distilllens.sweep.cells import STEPS, unequal_options
 from distilllens.sweep.paired import PairedDifference, paired_difference
@@ -41,6 +33,7 @@ DEV_TITLES = {"rougeL": "dev Rouge-L", "loss": "dev loss"}
 class SweepTable:
     """A row per method; written by the report's writers."""
 
+    text_columns: ClassVar[tuple[int, ...]] = (0,)
     sweep: Sweep
     results: Sequence[MethodResult]
 

@@ -28,8 +28,8 @@ from distilllens.report.runs.curves import Curve
 from distilllens.report.runs.groups import RunGroup
 from distilllens.report.runs.metrics_file import MetricsLine
 from distilllens.report.runs.record import RunRecord
+from distilllens.report.scores.table import Row, ScoreTable, Summary
 from distilllens.report.style import DARK, LIGHT, THEMES, add_legend, figure_png, figure_svg
-from distilllens.report.tables import Row, ScoreTable, Summary
 
 
 def run_of(lines: Sequence[MetricsLine], label: str = "run") -> RunRecord:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
+from distilllens.config import clock
 from distilllens.errors import ConfigError
 from distilllens.report.tables import Marks, to_latex, to_markdown
 from distilllens.sweep.cells import build_cells, cell_path, refused_options, train_command
-from distilllens.sweep.jobs import clock, error_text, last_line
+from distilllens.sweep.jobs import error_text, last_line
 from distilllens.sweep.paired import PairedDifference, paired_difference
 from distilllens.sweep.spec import Sweep, read_sweep
 
@@ -189,6 +190,8 @@ def test_one_seed_tells_nothing_about_noise() -> None:
 
 
 class Lines:
+    text_columns: ClassVar[tuple[int, ...]] = (0,)
+
     def header(self) -> list[str]:
         return ["method", "100 %"]
 
@@ -225,4 +228,8 @@ def test_the_last_error_of_a_screen_is_told(tmp_path: Path) -> None:
     assert error_text(screen) == "error[DL-DATA]: no answer\n  fix: skip it"
     screen.write_text("one\ntwo\nKilled\n")
     assert error_text(screen) == "one\ntwo\nKilled"
-    assert clock(3725.4) == "1:02:05"
+
+
+def test_times_are_told_to_the_nearest_second() -> None:
+    told = [clock(seconds) for seconds in (0.4, 59.6, 3725.4, 90_000)]
+    assert told == ["0:00:00", "0:01:00", "1:02:05", "25:00:00"]

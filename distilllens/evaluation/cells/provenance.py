@@ -17,9 +17,6 @@ import yaml
 from distilllens.config import CE_ONLY, EvaluateConfig
 from distilllens.data.records import Record
 
-PACKAGES = ("distilllens", "torch", "transformers", "tokenizers", "rouge-score", "rapidfuzz")
-"""Packages whose versions stand in every results.json."""
-
 SAMPLER = 2
 """Raised whenever a seed gives other samples; 1: one random number for each token."""
 

@@ -416,6 +416,8 @@ def _origin(config: EvaluateConfig, job: Job) -> dict[str, Any]:
         "set": job.cell.data.name,
         "checkpoint": config.checkpoint,
         "teacher": config.teacher,
+        "teacher_lora": config.teacher_lora,
+        "teacher_revision": config.teacher_revision,
         "identity": job.identity,
         "versions": versions(),
         "git_commit": git_commit(),

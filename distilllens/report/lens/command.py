@@ -20,6 +20,7 @@ from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
 from distilllens.lens_matrix import LensMap
 from distilllens.parsing import CommandParser
+from distilllens.public import public_command
 from distilllens.report.lens.curves import plot_statistic
 from distilllens.report.lens.files import (
     divergence_csv,
@@ -69,7 +70,7 @@ def lens_main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     study = build_study(settings, console)
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    command = f"python -m distilllens lens {shlex.join(options)}"
+    command = f"python -m distilllens lens {shlex.join(public_command(options))}"
     document = study_document(study)
     page = render_lens_page(study, document, footer=f"Written {written} by {command}.")
     for panel in study_panels(study):
