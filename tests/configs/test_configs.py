@@ -109,7 +109,9 @@ def test_sweep_is_valid_and_its_budget_is_equal_or_said_not_to_be(name: str) -> 
     differing = set(unequal_options({cell.method: cell.config for cell in cells}))
     differing -= {"optim.lr"} if sweep.lr else set()
     assert sorted(differing) == sorted(sweep.allow_unequal)
-    assert sweep.evaluation is not None and evaluate_config(sweep, cells[0]).sets
+    first = cells[0]
+    assert sweep.evaluation is not None
+    assert evaluate_config(sweep, first.method, first.lr, first.seed).sets
     # Every method differs from the others in its objective, or in whose answers it learns from.
     objectives = {c.method: repr((c.config.objective, c.config.data)) for c in cells}
     assert len(set(objectives.values())) == len(sweep.methods)
