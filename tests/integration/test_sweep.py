@@ -372,7 +372,7 @@ def flags_of(workspace: Workspace) -> dict[str, Any]:
 def test_real_trainings_are_stopped_resumed_and_scored(workspace: Workspace) -> None:
     sweep, out = workspace.root / "tiny.yaml", workspace.root / "sweep"
     scoring = {"data_dir": f"{workspace.root}/data", "sets": ["toy"], "eval.seeds": [1]}
-    content = {
+    content: dict[str, Any] = {
         "output_dir": str(out),
         "set": flags_of(workspace) | {"optim.lr": 1e-3},
         "methods": {
@@ -403,3 +403,18 @@ def test_real_trainings_are_stopped_resumed_and_scored(workspace: Workspace) -> 
     assert methods["kd"]["runs"]["10"]["minutes"] > 0
     assert methods["kd"]["runs"]["10"]["dev_loss"] > 0
     assert methods["kd"]["difference"]["verdict"] in ("better", "worse", "under the noise")
+    # What changes no answer starts nothing.
+    scores = {path: path.stat().st_mtime_ns for path in (out / "eval").rglob("results.json")}
+    content["evaluate"]["set"] |= {"eval.batch_size": 2, "limit": "all"}
+    sweep.write_text(yaml.safe_dump(content, sort_keys=False))
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0 and "started" not in done.stdout, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in scores} == scores and len(scores) == 4
+    # Answers of another kind are refused, and two processes are another global batch.
+    changed = ["--processes", "2", "--dry_run"]
+    done = subprocess.run([*command, *changed], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "4 of 4 cells hold another training" in done.stderr
+    content["evaluate"]["set"]["eval.max_new_tokens"] = 5
+    sweep.write_text(yaml.safe_dump(content, sort_keys=False))
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "eval.max_new_tokens: 4 there, 5 now" in done.stderr
