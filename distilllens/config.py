@@ -128,7 +128,8 @@ class DataConfig:
     max_prompt_length: Count = 256
     """Longest prompt in tokens; records with longer prompts are dropped, counted and told."""
     train_size: Count | None = None
-    """Use only the first N training records; default: all."""
+    """Use only the first N training records; default: all. Each answer counts as one: with
+    keep_gold and one answer to each prompt, N are of N / 2 prompts."""
     bad_lines: Literal["error", "skip"] = "error"
     """What a broken record does: stop with file and line, or skip it and count."""
     group_by_length: bool = True

@@ -81,7 +81,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        """Fingerprint and counts of the data."""
+        """Fingerprint, origin and counts of the data."""
         return self.root / "data.json"
 
     @property

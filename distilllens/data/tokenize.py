@@ -72,7 +72,10 @@ class PreparedData:
     train: Dataset
     dev: Dataset
     folder: Path
+    source: dict[str, Any]
+    """What it was made of, as plain JSON: hashes of the files and the tokenizer, the options."""
     fingerprint: str
+    """Of ``source``."""
     stats: dict[str, Any]
 
     def summary(self) -> str:
@@ -242,6 +245,7 @@ def _open(folder: Path, *, train_size: int | None) -> PreparedData:
         train=train,
         dev=dev,
         folder=folder,
+        source=manifest["source"],
         fingerprint=_fingerprint(manifest["source"]),
         stats=manifest["stats"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from collections.abc import Callable
@@ -55,7 +56,10 @@ def test_a_whole_run(workspace: Workspace) -> None:
     ]
     environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["git_commit"]
-    assert len(json.loads((run / "data.json").read_text())["fingerprint"]) == 64
+    data = json.loads((run / "data.json").read_text())
+    raw = (workspace.root / "data/toy/raw.jsonl").read_bytes()
+    assert len(data["fingerprint"]) == 64
+    assert data["source"]["raw_sha256"] == hashlib.sha256(raw).hexdigest()
     assert load_config(["--config", str(run / "config.yaml")]).optim.max_steps == 12
 
 

@@ -77,7 +77,9 @@ def make_job(
     shards = plan_shards(counts, row_bytes)
     return CacheJob(
         plan=dataclasses.replace(plan, config=config),
-        data=PreparedData(train=train, dev=train, folder=folder, fingerprint="x", stats={}),
+        data=PreparedData(
+            train=train, dev=train, folder=folder, source={}, fingerprint="x", stats={}
+        ),
         folder=folder,
         key={"teacher_layers": layers, "bits": bits},
         teacher_files={},

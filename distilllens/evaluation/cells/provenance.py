@@ -36,10 +36,17 @@ def identity(
         checkpoint: From `checkpoint_fingerprint`.
         records: The set's records that are scored.
     """
-    settings = config.eval
     return {
         "weights and tokenizer": checkpoint,
         "records": _records_hash(records),
+        **answer_settings(config),
+    }
+
+
+def answer_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """Returns the settings that change an answer: of an identity all but weights and records."""
+    settings = config.eval
+    return {
         "max_prompt_length": config.max_prompt_length,
         "dtype": config.dtype,
         "attention": config.attention,
