@@ -46,6 +46,7 @@ from distilllens.student import DistillationModule, Teacher
 from distilllens.teacher.cache import CachedTeacher
 from distilllens.tracking import Tracker
 from distilllens.training.bad_step import bad_step_error
+from distilllens.training.clipping import clip_gradients_
 from distilllens.training.layer_choice import pair_records
 from distilllens.training.loader import StepBatches, StepLoader
 from distilllens.training.loss_scale import is_at_smallest_scale, smallest_scale_error
@@ -145,6 +146,7 @@ class Trainer:
         self.begun_at = ""  # the state that run.resume named, once: later ones are this run's own
         self.tokenizer_sha256 = tokenizer_fingerprint(plan.tokenizer)
         self.totals = self._new_totals()
+        self.norm_before_clipping = torch.zeros((), device=device)
         self.card = self._collect_card()
         answers = self.config.eval.metric == "rougeL" and len(data.dev) > 0
         self.dev_records = self._read_dev_records() if answers else []
@@ -224,6 +226,7 @@ class Trainer:
             step_sums_K2 += sums_K2
             if number == count:
                 self._watch(step_sums_K2, batches)
+                self._clip()
                 self._set_learning_rate()
                 reach("step.before_update", step=self.state.step + 1)
             self._update()
@@ -245,6 +248,12 @@ class Trainer:
                 batches=[micro_batch.batch for micro_batch in batches.micro_batches],
             )
         )
+
+    def _clip(self) -> None:
+        """Clips the gradient where there is no ZeRO; else DeepSpeed's own step does."""
+        if self.plan.zero_stage == 0:
+            limit = self.config.optim.clip_grad
+            self.norm_before_clipping = clip_gradients_(self.module.parameters(), limit)
 
     def _update(self) -> None:
         """Has DeepSpeed update the weights, or in float16 skip the step and lower its scale.
@@ -336,7 +345,7 @@ class Trainer:
         if objective.lens_pairs and self.config.objective.lens.schedule != "constant":
             metrics["train/lens_coeff"] = totals.lens_share * objective.lens_coeff
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
-        if (norm := self.engine.get_global_grad_norm()) is not None:
+        if (norm := self._gradient_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)
         if self.plan.dtype == torch.float16:
             metrics["train/loss_scale"] = self.loss_scale
@@ -346,6 +355,12 @@ class Trainer:
         metrics["perf/data_wait_pct"] = 100 * totals.data_s / seconds
         metrics["perf/memory_gb"] = self._peak_memory_gb()
         self.tracker.log(metrics, step=self.state.step, epoch=self.epochs_done)
+
+    def _gradient_norm(self) -> Tensor | float | None:
+        """Returns the last step's before clipping; None where the DeepSpeed file turns it off."""
+        if self.plan.zero_stage == 0:
+            return self.norm_before_clipping
+        return self.engine.get_global_grad_norm()
 
     def _peak_memory_gb(self) -> float:
         if self.device.type == "cuda":

@@ -68,10 +68,11 @@ def test_a_step_reads_nothing_back(workspace: Workspace, flags: tuple[str, ...])
     folder = create_run_folder(config.run.output_dir)
     with build_trainer(config, folder, device, arguments) as trainer:
         batches = next(trainer.loader.epoch(0))
-        # DeepSpeed reads the gradient's norm in its own step, to clip; ours ends before.
+        # With ZeRO, DeepSpeed reads the gradient's norm in its own step, to clip; ours ends before.
         trainer.engine.step = lambda: None
         with NoHostReads():
             trainer.train_step(batches)
         assert trainer.guard.bad_step() is None
         assert trainer.totals.tokens == batches.num_tokens > 0
         assert trainer.totals.sums_K2[1:, 1].min() > 0
+        assert trainer.norm_before_clipping > 0

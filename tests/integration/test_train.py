@@ -289,6 +289,33 @@ def test_padded_teacher_vocabulary_is_cut(
     assert "teacher vocabulary 320 cut to 300 (padding, no tokens)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--optim.clip_grad", "0"),
+        ("--optim.clip_grad", "0.005"),
+        ("--optim.clip_grad", "1e-4", "--model.student_lora.r", "2"),
+    ],
+    ids=" ".join,
+)
+def test_without_zero_the_gradient_is_clipped_and_its_norm_told_as_with_it(
+    workspace: Workspace, flags: tuple[str, ...]
+) -> None:
+    more = ("--optim.max_steps", "4", "--tracking.log_every", "1", "--optim.accumulation", "2")
+    norms = []
+    for stage in (0, 1):
+        file = ("--deepspeed", workspace.deepspeed(stage))
+        arguments = workspace.flags(*flags, *more, "--optim.micro_batch_size", "4", *file)
+        assert main([*arguments, "--run.output_dir", f"{workspace.root}/stage{stage}"]) == 0
+        lines = metrics_of(workspace.root / f"stage{stage}")
+        norms.append([line["train/grad_norm"] for line in lines if "train/loss" in line])
+    assert len(norms[0]) == 4 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert min(norms[0]) > float(flags[1]), "nothing was clipped"
+    one, other = (weights(workspace.root / f"stage{stage}/latest") for stage in (0, 1))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stages_train_and_export_the_same(workspace: Workspace, stage: int) -> None:
     for zero in (1, stage):
