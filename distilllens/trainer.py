@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,41 +52,9 @@ from distilllens.training.loader import StepBatches, StepLoader
 from distilllens.training.loss_scale import is_at_smallest_scale, smallest_scale_error
 from distilllens.training.numerics_guard import NumericsGuard, WatchedStep
 from distilllens.training.resume import check_same_facts
-from distilllens.training.schedule import learning_rate, lens_share
+from distilllens.training.schedule import learning_rate, lens_shares
 from distilllens.training.setup import Plan, StepCount, build_optimizer
-
-
-@dataclass
-class Totals:
-    """What has been added up since the last line of metrics; stays on the device."""
-
-    sums_K2: Tensor
-    scheduled_K2: Tensor
-    """The same with each step's share of the lens as a factor."""
-    lens_share: float = 1.0
-    """Of the last step."""
-    tokens: int = 0
-    steps: int = 0
-    data_s: float = 0.0
-    start: float = 0.0
-
-    def saved(self) -> dict[str, Tensor]:
-        """Returns it as a state holds it, with the seconds so far for the clock's start."""
-        seconds = [time.perf_counter() - self.start, self.data_s]
-        return {
-            "sums_K2": self.sums_K2.cpu(),
-            "scheduled_K2": self.scheduled_K2.cpu(),
-            "counts": torch.tensor([self.tokens, self.steps]),
-            "seconds": torch.tensor(seconds, dtype=torch.float64),
-        }
-
-    def add(self, saved: dict[str, Tensor]) -> None:
-        """Goes on from what one process saved."""
-        self.sums_K2 += saved["sums_K2"].to(self.sums_K2.device)
-        self.scheduled_K2 += saved["scheduled_K2"].to(self.sums_K2.device)
-        self.tokens, self.steps = (int(count) for count in saved["counts"])
-        seconds, self.data_s = saved["seconds"].tolist()
-        self.start = time.perf_counter() - seconds
+from distilllens.training.totals import Totals
 
 
 class Trainer:
@@ -208,7 +176,7 @@ class Trainer:
         # DeepSpeed averages over processes and micro-batches; this factor turns that mean of sums
         # into the sum over all of them, divided by all their tokens.
         scale = self.world_size * count / max(batches.num_tokens, 1)
-        share = lens_share(self.config.objective.lens, self.state.step, self.steps.total_steps)
+        shares = self._lens_shares(self.state.step)
         step_sums_K2 = torch.zeros_like(self.totals.sums_K2)
         for number, micro_batch in enumerate(batches.micro_batches, start=1):
             batch, teacher_rows = micro_batch.to(self.device)
@@ -216,7 +184,7 @@ class Trainer:
             if isinstance(self.teacher, Teacher):
                 teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N, positions_BT)
             inputs = (batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows)
-            loss, sums_K2 = self.engine(*inputs, scale * self.loss_scale, positions_BT, share)
+            loss, sums_K2 = self.engine(*inputs, scale * self.loss_scale, positions_BT, shares)
             loss = loss / self.loss_scale  # DeepSpeed's backward multiplies by it again
             if reach("step.loss", step=self.state.step + 1):
                 loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
@@ -233,9 +201,9 @@ class Trainer:
         self.state.step += 1
         reach("step.after_update", step=self.state.step)
         self.totals.sums_K2 += step_sums_K2
-        self.totals.scheduled_K2 += share * step_sums_K2
-        self.totals.lens_share = share
+        self.totals.scheduled_K2 += self.plan.objective.scheduled(step_sums_K2, shares)
         self.totals.tokens += batches.num_tokens
+        self.totals.input_tokens += batches.num_input_tokens
         self.totals.steps += 1
 
     def _watch(self, sums_K2: Tensor, batches: StepBatches) -> None:
@@ -286,10 +254,10 @@ class Trainer:
         """
         if (bad := self.guard.bad_step()) is None:
             return
-        share = lens_share(self.config.objective.lens, bad.step - 1, self.steps.total_steps)
+        scheduled_K2 = self.plan.objective.scheduled(bad.sums_K2, self._lens_shares(bad.step - 1))
         raise bad_step_error(
             bad,
-            losses=self._mean_losses(bad.sums_K2, share * bad.sums_K2, bad.num_tokens),
+            losses=self._mean_losses(bad.sums_K2, scheduled_K2, bad.num_tokens),
             gradients=self.guard.bad_gradients(),
             folder=self.folder,
             records=self.data.train,
@@ -306,6 +274,11 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
+    def _lens_shares(self, step: int) -> list[float]:
+        """Returns each lens pair's at optimizer step ``step``, from 0."""
+        pairs, lens = self.plan.objective.lens_pairs, self.config.objective.lens
+        return lens_shares(lens, len(pairs), step, self.steps.total_steps)
+
     @property
     def learning_rate(self) -> float:
         """Of the step that comes next."""
@@ -314,8 +287,7 @@ class Trainer:
     # --- Numbers ---
 
     def _new_totals(self) -> Totals:
-        sums_K2 = torch.zeros(self.plan.objective.num_sums, 2, device=self.device)
-        return Totals(sums_K2, sums_K2.clone(), start=time.perf_counter())
+        return Totals.zero(self.plan.objective.num_sums, self.device)
 
     def _mean_losses(
         self, sums_K2: Tensor, scheduled_K2: Tensor, num_tokens: int
@@ -340,10 +312,9 @@ class Trainer:
         totals, self.totals = self.totals, self._new_totals()
         seconds = self.totals.start - totals.start
         objective = self.plan.objective
-        losses = self._mean_losses(totals.sums_K2, totals.scheduled_K2, totals.tokens)
-        metrics = {f"train/{name}": value for name, value in losses.items()}
-        if objective.lens_pairs and self.config.objective.lens.schedule != "constant":
-            metrics["train/lens_coeff"] = totals.lens_share * objective.lens_coeff
+        named = self._mean_losses(totals.sums_K2, totals.scheduled_K2, totals.tokens)
+        named |= objective.lens_coefficients(self._lens_shares(self.state.step - 1))
+        metrics = {f"train/{name}": value for name, value in named.items()}
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         if (norm := self._gradient_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)
@@ -352,6 +323,7 @@ class Trainer:
             metrics["train/skipped_steps"] = self.engine.skipped_steps
         metrics["perf/step_s"] = seconds / totals.steps
         metrics["perf/response_tokens_per_s"] = totals.tokens / seconds
+        metrics["perf/tokens_per_s"] = totals.input_tokens / seconds
         metrics["perf/data_wait_pct"] = 100 * totals.data_s / seconds
         metrics["perf/memory_gb"] = self._peak_memory_gb()
         self.tracker.log(metrics, step=self.state.step, epoch=self.epochs_done)
@@ -567,9 +539,8 @@ class Trainer:
         self.tracker.say(f"resuming from step {self.state.step}")
         if changes:
             self.tracker.say(f"saved → now, allowed by run.allow_changes:{changes}")
-        shape = self.totals.sums_K2.shape
         same_pairs = manifest["layer_pairs"] == self.facts["layer_pairs"]
         for sums in saved:
-            if same_pairs and sums["sums_K2"].shape == shape:
+            if same_pairs and self.totals.fits(sums):
                 self.totals.add(sums)
         self.stop.alive()

@@ -20,8 +20,8 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     Returns:
         The norm before that, a scalar on the gradients' device.
     """
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

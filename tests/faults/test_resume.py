@@ -23,8 +23,9 @@ from distilllens.checkpoint import TrainState
 from distilllens.runs import RunFolder
 from distilllens.runtime.faults import VARIABLE
 from distilllens.runtime.manifest import read_manifest
-from distilllens.trainer import Totals, Trainer
+from distilllens.trainer import Trainer
 from distilllens.training.resume import find_state
+from distilllens.training.totals import Totals
 from train import main
 
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -173,6 +174,29 @@ def test_without_one_part_the_run_is_not_bit_equal(workspace: Workspace) -> None
         "forget_offset": False,
         "forget_sums": False,
     }
+
+
+def test_sums_of_a_program_with_fewer_counters_begin_anew(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line after the resume is then of the steps since; the training is the same."""
+    flags = ("--optim.max_steps", "4", "--tracking.log_every", "4")
+    assert main(workspace.flags(*flags, "--tracking.log_every", "2", out="straight")) == 0
+    run = stopped(workspace, 2, *flags)
+    load = checkpoint.load_state
+
+    def older(*arguments: Any, **options: Any) -> Any:
+        state, sums = load(*arguments, **options)
+        return state, [{**own, "counts": own["counts"][:2]} for own in sums]
+
+    monkeypatch.setattr("distilllens.trainer.load_state", older)
+    assert main(workspace.flags(*flags)) == 0
+    assert numbers(run)[-2] == numbers(workspace.root / "straight")[-2]
+    assert numbers(run)[-2]["step"] == 4 and "train/loss" in numbers(run)[-2]
+    assert all(
+        torch.equal(w, weights(run / "latest")[n])
+        for n, w in weights(workspace.root / "straight/latest").items()
+    )
 
 
 def test_the_best_is_remembered(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

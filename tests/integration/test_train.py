@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import Workspace, add_dropout, stop_at
+from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -77,8 +78,6 @@ def test_exports_load_in_plain_transformers(workspace: Workspace) -> None:
 
 def test_dev_loss_is_the_mean_over_all_dev_tokens(workspace: Workspace) -> None:
     assert main(workspace.flags("--optim.max_steps", "1")) == 0
-    from datasets import load_from_disk
-
     model = GPT2LMHeadModel.from_pretrained(workspace.root / "run/latest").double().eval()
     total, tokens = 0.0, 0
     for sample in load_from_disk(str(workspace.root / "tokens/dev")):
@@ -164,6 +163,29 @@ def test_stopped_and_resumed_is_bit_equal(
         return [{k: v for k, v in m.items() if not k.startswith(timed)} for m in metrics_of(run)]
 
     assert numbers(straight) == numbers(resumed)
+
+
+def test_throughput_counts_prompts_too_but_no_padding(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for one epoch, with a stop in the middle; both counts have the same clock."""
+    flags = workspace.flags(
+        *("--optim.max_steps", "6", "--tracking.log_every", "6"),
+        *("--optim.micro_batch_size", "4", "--optim.accumulation", "2"),
+    )
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        assert main(flags) == 143
+    assert main(flags) == 0
+    (line,) = (m for m in metrics_of(workspace.root / "run") if "train/loss" in m)
+    train = load_from_disk(str(workspace.root / "tokens/train"))
+    assert len(train) == 6 * 8
+    responses = sum(len(ids) for ids in train["response_ids"])
+    whole = responses + sum(len(ids) for ids in train["prompt_ids"])
+    factor = line["perf/tokens_per_s"] / line["perf/response_tokens_per_s"]
+    assert factor == pytest.approx(whole / responses)
+    rate = line["perf/tokens_per_s"] * line["perf/step_s"]
+    assert rate == pytest.approx(whole / 6)
 
 
 def test_time_limit(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
