@@ -29,6 +29,7 @@ class Totals:
     data_s: float = 0.0
     """Seconds of waiting for batches."""
     start: float = field(default_factory=time.perf_counter)
+    """On the clock of `time.perf_counter`; later by each pause."""
 
     @classmethod
     def zero(cls, num_sums: int, device: torch.device) -> Totals:
@@ -40,8 +41,20 @@ class Totals:
     def paused(self) -> Iterator[None]:
         """Leaves what happens in it out of the time: throughput counts training only."""
         begun = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            self.start += time.perf_counter() - begun
+
+    def speeds(self, end: float) -> dict[str, float]:
+        """Names the time of a step, throughput and waiting until ``end`` on the same clock."""
+        seconds = end - self.start
+        return {
+            "perf/step_s": seconds / self.steps,
+            "perf/response_tokens_per_s": self.tokens / seconds,
+            "perf/tokens_per_s": self.input_tokens / seconds,
+            "perf/data_wait_pct": 100 * self.data_s / seconds,
+        }
 
     def saved(self) -> dict[str, Tensor]:
         """Returns it as a state holds it, with the seconds so far for the clock's start."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from distilllens import checkpoint
 from distilllens.__main__ import main as command
 from distilllens.checkpoint import TrainState
+from distilllens.dev_evaluation import DevEvaluation
 from distilllens.runs import RunFolder
 from distilllens.runtime.faults import VARIABLE
 from distilllens.runtime.manifest import read_manifest
@@ -116,11 +117,11 @@ def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
             values["exp_avg_sq"].zero_()
         return loaded
 
-    patch.setattr("distilllens.trainer.load_state", forgetful)
+    patch.setattr("distilllens.keeper.load_state", forgetful)
 
 
 def forget_random_state(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checkpoint, "_set_random_state", lambda *_: None)
+    patch.setattr(checkpoint, "set_random_state", lambda *_: None)
 
 
 def forget_offset(patch: pytest.MonkeyPatch) -> None:
@@ -148,7 +149,7 @@ def forget_best(patch: pytest.MonkeyPatch) -> None:
         state, sums = load(*arguments, **options)
         return TrainState(step=state.step), sums
 
-    patch.setattr("distilllens.trainer.load_state", forgetful)
+    patch.setattr("distilllens.keeper.load_state", forgetful)
 
 
 def test_without_one_part_the_run_is_not_bit_equal(workspace: Workspace) -> None:
@@ -189,7 +190,7 @@ def test_sums_of_a_program_with_fewer_counters_begin_anew(
         state, sums = load(*arguments, **options)
         return state, [{**own, "counts": own["counts"][:2]} for own in sums]
 
-    monkeypatch.setattr("distilllens.trainer.load_state", older)
+    monkeypatch.setattr("distilllens.keeper.load_state", older)
     assert main(workspace.flags(*flags)) == 0
     assert numbers(run)[-2] == numbers(workspace.root / "straight")[-2]
     assert numbers(run)[-2]["step"] == 4 and "train/loss" in numbers(run)[-2]
@@ -200,7 +201,7 @@ def test_sums_of_a_program_with_fewer_counters_begin_anew(
 
 
 def test_the_best_is_remembered(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_dev_loss", lambda trainer: float(trainer.state.step))
+    monkeypatch.setattr(DevEvaluation, "_loss", lambda dev: float(dev.engine.global_steps))
     flags = ("--eval.every", "2", "--optim.max_steps", "4", "--tracking.log_every", "1")
     assert main(workspace.flags(*flags, out="straight")) == 0
     run = stopped(workspace, 3, *flags)
