@@ -72,13 +72,13 @@ class Trainer:
         self.plan, self.config, self.steps = plan, plan.config, steps
         self.teacher, self.data, self.folder, self.tracker = teacher, data, folder, tracker
         self.device, self.stop = device, stop
-        self.world_size, self.rank = distributed.world_size(), distributed.rank()
+        self.world_size = distributed.world_size()
         self.loader = StepLoader(
             plan,
             data.train,
             steps,
             cache=teacher if isinstance(teacher, CachedTeacher) else None,
-            rank=self.rank,
+            rank=distributed.rank(),
             world_size=self.world_size,
             pin=device.type == "cuda",
         )
@@ -280,13 +280,11 @@ class Trainer:
     def _new_totals(self) -> Totals:
         return Totals.zero(self.plan.objective.num_sums, self.device)
 
-    def _mean_losses(
-        self, sums_K2: Tensor, scheduled_K2: Tensor, num_tokens: int
-    ) -> dict[str, float]:
+    def _mean_losses(self, sums_K2: Tensor, scheduled_K2: Tensor, tokens: int) -> dict[str, float]:
         """Names the means over all processes."""
         both = torch.stack([sums_K2, scheduled_K2]).double()
         sums, scheduled = distributed.sum_over_ranks(both).tolist()
-        return self.plan.objective.losses(sums, num_tokens, scheduled)
+        return self.plan.objective.losses(sums, tokens, scheduled)
 
     @property
     def epochs_done(self) -> float:
@@ -301,9 +299,9 @@ class Trainer:
     def log_metrics(self) -> None:
         """Writes the means since the last line, over all processes."""
         totals, self.totals = self.totals, self._new_totals()
-        objective = self.plan.objective
         named = self._mean_losses(totals.sums_K2, totals.scheduled_K2, totals.tokens)
-        named |= objective.lens_coefficients(self._lens_shares(self.state.step - 1))
+        shares = self._lens_shares(self.state.step - 1)  # of the last step
+        named |= self.plan.objective.lens_coefficients(shares)
         metrics = {f"train/{name}": value for name, value in named.items()}
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         if (norm := self._gradient_norm()) is not None:
@@ -330,8 +328,7 @@ class Trainer:
 
     def is_evaluation_due(self) -> bool:
         """Each ``eval.every`` steps (default: each epoch), and at the end; once."""
-        every = self.config.eval.every or self.steps.steps_per_epoch
-        step = self.state.step
+        step, every = self.state.step, self.config.eval.every or self.steps.steps_per_epoch
         is_its_turn = step % every == 0 or step == self.steps.total_steps
         return is_its_turn and self.state.evaluated_step < step
 

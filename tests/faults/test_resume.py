@@ -530,6 +530,19 @@ def do_jobs(workspace: Workspace, jobs: list[dict[str, Any]]) -> list[int]:
     return [int(code) for code in codes[0]]
 
 
+def step_lines(run: Path) -> list[tuple[int, float, float, float]]:
+    """Returns step, loss, gradient norm, and all tokens by response tokens of each line."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (
+            *(m["step"], m["train/loss"], m["train/grad_norm"]),
+            m["perf/tokens_per_s"] / m["perf/response_tokens_per_s"],
+        )
+        for m in lines
+        if "train/loss" in m
+    ]
+
+
 def test_two_processes(workspace: Workspace) -> None:
     """Bit-equal in epoch 0 and over its end; faults on one rank; other numbers of processes."""
     whole = ("--optim.micro_batch_size", "8")
@@ -566,7 +579,10 @@ def test_two_processes(workspace: Workspace) -> None:
     assert main(workspace.flags(*STEPS, *whole, out="shards")) == 4  # ZeRO 1
     assert main(workspace.flags(*calm, *half, out="two-to-one")) == 4  # half a global batch
     assert main(workspace.flags(*calm, *half, "--optim.accumulation", "2", out="two-to-one")) == 0
+    alone = workspace.root / "alone"
     for out in ("one-to-two", "two-to-one"):
-        for name, weight in weights(workspace.root / "alone/latest").items():
+        for name, weight in weights(alone / "latest").items():
             other = weights(workspace.root / out / "latest")[name]
             torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6)
+        for line, wanted in zip(*map(step_lines, (workspace.root / out, alone)), strict=True):
+            assert line == pytest.approx(wanted, rel=1e-4)
