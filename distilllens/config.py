@@ -185,11 +185,12 @@ class LensConfig:
     depth_weights: Literal["equal", "deeper", "shallower"] = "equal"
     """deeper: pairs weigh by the student block's number; shallower: mirrored; mean 1. Not together
     with weights."""
-    schedule: Literal["constant", "ramp", "decay"] = "constant"
+    schedule: Literal["constant", "ramp", "decay", "deepest_first", "shallowest_first"] = "constant"
     """λ over the run; ramp: rises in a line from 0, then stays; decay: falls in a line to 0 at the
-    last step."""
+    last step; deepest_first, shallowest_first: pairs join one after another, by the student's
+    block, each rising in a line from 0. The mean is over all pairs, joined or not."""
     schedule_share: Annotated[float, Interval(gt=0, le=1)] = 0.5
-    """Share of all steps in which λ rises or falls."""
+    """Share of all steps in which λ rises or falls, or all pairs join."""
 
 
 @dataclass(frozen=True, kw_only=True)

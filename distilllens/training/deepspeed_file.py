@@ -70,7 +70,8 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
     content |= {
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": optim.accumulation,
-        "gradient_clipping": optim.clip_grad,
+        # Without ZeRO the trainer clips: DeepSpeed would throw the gradient's norm away.
+        "gradient_clipping": optim.clip_grad if stage > 0 else 0.0,
         "steps_per_print": 10**9,
         # With states on the CPU too it shall take our optimizer: its own one is compiled at the
         # start, and cannot refuse an update as `numerics_guard` asks.

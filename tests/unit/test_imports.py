@@ -20,7 +20,7 @@ FLOORS = """
     divergence kernels fused families lens layers model_files models data
     hidden lens_matrix objective student teacher training
     evaluation report tracking publish checkpoint sweep
-    trainer commands session
+    dev_evaluation keeper trainer commands session
     __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""

@@ -161,6 +161,18 @@ def test_layers_are_a_heatmap_deep_ones_above() -> None:
     assert mesh.get_clim() == (0.0, 0.4)
 
 
+def test_the_weights_of_pairs_that_join_are_a_heatmap_of_their_own() -> None:
+    line = {"step": 1, "train/lens_coeff": 0.5, "train/lens/jsd/L01": 0.1}
+    line |= {"train/lens_coeff/deepest_first/L01": 0.0, "train/lens_coeff/deepest_first/L02": 1.0}
+    group = group_of([line])
+    shown = [panel.caption for panel in layer_panels([group])]
+    assert shown == [
+        "Lens divergence (jsd) by layer, deep ones above.",
+        "Weight of the lens (deepest_first) by layer, deep ones above.",
+    ]
+    assert [curve.title for curve, _ in curve_panels([group])] == ["Weight of the lens term"]
+
+
 def test_heatmaps_of_one_kind_share_their_colours() -> None:
     groups = [group_of([{"step": 1, "train/lens/jsd/L01": v}], str(v)) for v in (0.1, 0.3)]
     groups.append(group_of([{"step": 1, "train/hidden/mse/L01": 7.0}], "other kind"))

@@ -95,6 +95,8 @@ def test_optim_section_goes_into_the_deepspeed_file(tmp_path: Path) -> None:
     assert content["gradient_accumulation_steps"] == 5
     assert content["gradient_clipping"] == 0.25
     assert content["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    alone, _ = load(tmp_path, {"zero_optimization": {"stage": 0}})
+    assert alone["gradient_clipping"] == 0.0  # the trainer clips, and keeps the norm
     assert load(tmp_path, BF16)[1] == load(tmp_path, BF16, "bfloat16")[1] == torch.bfloat16
     assert load(tmp_path, FP16)[1] == load(tmp_path, FP16, "float16")[1] == torch.float16
     assert content["zero_force_ds_cpu_optimizer"] is False  # our AdamW also beside the CPU's states
