@@ -9,8 +9,8 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference relative to the largest number."""
 ROUGH_TOLERANCE = 0.05
 """The same in 16 bits, of which one rounding of the largest number is 0.004."""
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class LogitLens:
         return logits if self.parts.transform is None else self.parts.transform(logits)
 
     @torch.no_grad()
-    def self_check(self, input_ids_BT: Tensor) -> float:
+    def self_check(self, input_ids_BT: Tensor, *, gather: Gather = nullcontext) -> float:
         """Proves that the parts were found: last block through the lens = the model's own logits.
 
         In 16 bits the roundings would hide a wrong function of the logits, as a soft cap that they
@@ -93,6 +95,7 @@ class LogitLens:
 
         Args:
             input_ids_BT: A few token ids (int64), no padding.
+            gather: Makes parameters whole for a while that ZeRO has divided.
 
         Returns:
             The largest difference, relative to the largest logit; of a model in 16 bits with all
@@ -109,7 +112,7 @@ class LogitLens:
         try:
             error = lens._compare(input_ids_BT, self._tolerance())
             if self._tolerance() == ROUGH_TOLERANCE:
-                with _in_float32_behind_the_blocks(self.parts):
+                with _in_float32_behind_the_blocks(self.parts, gather):
                     error = lens._compare_in_float32(input_ids_BT)
         finally:
             model.train(was_training)
@@ -240,31 +243,43 @@ class LogitLens:
 
 
 @contextmanager
-def _in_float32_behind_the_blocks(parts: ModelParts) -> Iterator[None]:
+def _in_float32_behind_the_blocks(parts: ModelParts, gather: Gather) -> Iterator[None]:
     """Has the last block's output, and norm, projection and head of 16 bits, in float32.
 
-    An embedding that is tied to the head stays as it is.
+    An embedding that is tied to the head stays as it is. The wide copies are plain tensors, which
+    ZeRO takes for no parameters of its own.
     """
 
     def widen(_module: nn.Module, _inputs: object, output: Any) -> Any:
         return output.float() if isinstance(output, Tensor) else (output[0].float(), *output[1:])
 
-    narrow = [
-        (module, name, parameter)
+    modules = [
+        module
         for part in (parts.final_norm, parts.project_out, parts.head)
         for module in part.modules()
+    ]
+    own = [(module, dict(module._parameters)) for module in modules]
+    narrow = [
+        (module, name, parameter)
+        for module in modules
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dtype in (torch.bfloat16, torch.float16)  # quantised ones are not
     ]
     hook = parts.blocks[-1].register_forward_hook(widen)
     try:
-        for module, name, parameter in narrow:
-            setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
+        with gather([parameter for _, _, parameter in narrow]):
+            for module, name, parameter in narrow:
+                wide = parameter.detach().float()
+                del module._parameters[name]
+                setattr(module, name, wide)
         yield
     finally:
         hook.remove()
-        for module, name, parameter in narrow:
-            setattr(module, name, parameter)
+        for module, name, _ in narrow:
+            module.__dict__.pop(name, None)
+        for module, parameters in own:  # in their own order
+            module._parameters.clear()
+            module._parameters.update(parameters)
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
