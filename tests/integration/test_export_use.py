@@ -343,7 +343,7 @@ def as_link(file: Path) -> None:
         ),
         (lambda f: (f / "README.md").write_text("# No head\n"), ConfigError, "--licence"),
         (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), ConfigError, "YAML"),
-        (lambda f: (f / "config.json").unlink(), ConfigError, "no model's folder"),
+        (lambda f: (f / "config.json").unlink(), ConfigError, r"holds no config\.json"),
         (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "read whole"),
         (
             lambda f: (f / "model.safetensors").write_bytes(

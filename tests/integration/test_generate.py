@@ -148,7 +148,7 @@ def test_neither_batches_nor_processes_change_the_answers(place: Workspace) -> N
     shutil.rmtree(place.root / "answers")
     worker = place.root / "worker.py"
     worker.write_text(
-        "import os, sys\nfrom distilllens import generate\ngenerate.SHARD_PROMPTS = 10\n"
+        "import os, sys\nfrom distilllens.commands import generate\ngenerate.SHARD_PROMPTS = 10\n"
         "write = generate.write_part\n"
         "def tell_and_write(folder, shard, content):\n"
         "    print(f'\\nprocess {os.environ[\"RANK\"]} wrote {shard.number}\\n', flush=True)\n"
