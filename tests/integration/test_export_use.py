@@ -116,7 +116,7 @@ def test_an_export_is_the_run_s_model_and_tells_of_it(
     for folder, step in ((run / "best", best), (run / "latest", 8), (exported, 8)):
         card = ModelCard.load(folder / "README.md")
         assert f"| optimizer steps | {step} of 8 |" in card.text
-        assert f"| loss | {dev[step]:.6g} |" in card.text
+        assert f"| Loss (nats per token) | {dev[step]:.6g} |" in card.text
         assert card.data.license == "mit"
         assert str(workspace.root) not in card.content
         assert "student taught by teacher" in card.text
