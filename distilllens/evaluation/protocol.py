@@ -57,6 +57,10 @@ DTYPES = {
 }
 
 
+SLOWEST = timedelta(days=7)
+"""By which a rank may be slower than another, which waits for it."""
+
+
 def evaluate_dev_generations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -354,8 +358,10 @@ def local_device() -> torch.device:
 def process_group() -> Iterator[tuple[int, int]]:
     """Yields rank and world size; joins the process group of a torchrun.
 
-    gloo also on GPUs: the ranks only wait for each other. A rank that dies breaks its connections,
-    which ends the wait; a rank that is merely slower may take days.
+    On CPUs also where there are GPUs: the ranks only wait for each other.
+
+    Raises:
+        DistributedError: The group cannot be joined.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
@@ -364,7 +370,7 @@ def process_group() -> Iterator[tuple[int, int]]:
         torch.cuda.set_device(local_device())  # kernels of some models start on the current one
     is_mine = not dist.is_initialized()
     if is_mine:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        distributed.join_patiently(SLOWEST)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -17,6 +17,7 @@ from distilllens.runtime import libraries  # noqa: F401  (first: it settles Deep
 
 Result = TypeVar("Result")
 
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)
 _timeout = TIMEOUT
 
@@ -55,17 +56,37 @@ def initialize(timeout: timedelta = TIMEOUT) -> torch.device:
                 dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False
             )
         except (RuntimeError, ValueError) as error:
-            raise DistributedError(
-                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-                why=str(error).splitlines()[0],
-                fix="check that the address can be reached and the port is free",
-            ) from None
+            raise _cannot_join(error) from None
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+def join_patiently(patience: timedelta) -> None:
+    """Joins torchrun's process group on CPUs, of processes that rarely meet.
+
+    Who never comes is waited for `TIMEOUT`, who has come and is slow ``patience``. A process that
+    dies breaks its connections, which ends any wait.
+
+    Raises:
+        DistributedError: The group cannot be joined.
+    """
+    try:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise _cannot_join(error) from None
+    dist.distributed_c10d._set_pg_timeout(patience)
+
+
+def _cannot_join(error: Exception) -> DistributedError:
+    place = {name: os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", *ADDRESS)}
+    return DistributedError(
+        "rank {RANK} of {WORLD_SIZE} could not join at {MASTER_ADDR}:{MASTER_PORT}".format(**place),
+        why=str(error).partition("\n")[0],
+        fix="check that all processes started, the address can be reached and the port is free",
+    )
 
 
 def _free_port() -> int:

@@ -24,9 +24,7 @@ FLAGS = (
 
 def start_both(flags: list[str], fault: str) -> list[subprocess.Popen[str]]:
     """Starts two processes of one run, without a launcher that would end one for the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, VARIABLE: fault}
     return [
         subprocess.Popen(
@@ -120,3 +118,81 @@ def test_a_full_disk_in_one_ranks_evaluation_is_told_by_that_rank(workspace: Wor
     status = read_status(run)
     assert (status["exit"], status["code"], status["step"]) == ("DL-STORAGE", 6, 2)
     assert status["last_checkpoint"] == str(run.state / "step-2")
+
+
+EVALUATING = """
+import sys
+from datetime import timedelta
+from distilllens.errors import UserError
+from distilllens.evaluation.cells.shares import on_all_ranks
+from distilllens.evaluation.protocol import process_group
+from distilllens.runtime import distributed
+distributed.TIMEOUT = timedelta(seconds=float(sys.argv[1]))
+try:
+    with process_group() as (rank, world_size):
+        on_all_ranks(lambda: print(rank, world_size, flush=True))
+        sys.stdin.read()
+        on_all_ranks(lambda: None)
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def start_rank(rank: int, port: int, seconds: float) -> subprocess.Popen[str]:
+    """Starts a process of an evaluation that goes on when its input ends."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", EVALUATING, str(seconds)],
+        env={**os.environ, **group, "RANK": str(rank)},
+        cwd=PROJECT,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_no_evaluation_waits_for_a_rank_that_never_comes() -> None:
+    rank = start_rank(0, free_port(), 2)
+    _, error = rank.communicate(timeout=120)
+    assert rank.returncode == 7
+    assert "error[DL-DISTRIBUTED]: rank 0 of 2 could not join at 127.0.0.1:" in error
+
+
+@pytest.mark.parametrize("dead", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_no_evaluation_waits_for_a_rank_that_was_killed(dead: int) -> None:
+    port = free_port()
+    ranks = [start_rank(rank, port, 60) for rank in range(2)]
+    outputs = [rank.stdout.readline() if rank.stdout else "" for rank in ranks]
+    assert outputs == ["0 2\n", "1 2\n"]
+    other = ranks[1 - dead]
+    assert other.stdin is not None
+    other.stdin.close()  # it goes on, to the next meeting
+    time.sleep(0.5)
+    assert other.poll() is None
+    ranks[dead].kill()
+    assert other.wait(timeout=60) == 7
+    assert other.stderr is not None and "another process has left" in other.stderr.read()
+    ranks[dead].wait()
+
+
+@pytest.mark.long
+def test_a_slow_rank_is_waited_for_longer_than_one_that_never_came() -> None:
+    port = free_port()
+    ranks = [start_rank(rank, port, 3) for rank in range(2)]
+    assert [rank.stdout.readline() if rank.stdout else "" for rank in ranks] == ["0 2\n", "1 2\n"]
+    early, late = ranks
+    assert early.stdin is not None
+    early.stdin.close()
+    time.sleep(5)
+    assert early.poll() is None
+    assert late.communicate(timeout=60)[1] == ""
+    assert [early.wait(timeout=60), late.returncode] == [0, 0]
