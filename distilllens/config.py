@@ -121,8 +121,8 @@ class DataConfig:
     keep_gold: bool = False
     """Train on the records' own answers too; needs generated."""
     processed: str | None = None
-    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY, or with generated
-    answers processed_data/NAME/generated-FOLDER/FAMILY."""
+    """Folder of the tokenised data, made anew where it does not fit; default: one for each choice
+    of tokenizer, lengths and records, processed_data/NAME/{full,generated-FOLDER}/FAMILY-HASH."""
     max_length: Annotated[int, Ge(2)] = 512
     """Longest prompt + response in tokens; longer responses are cut."""
     max_prompt_length: Count = 256

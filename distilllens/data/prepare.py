@@ -46,8 +46,8 @@ class PrepareConfig:
     keep_gold: bool = DataConfig.keep_gold
     """Keep the records' own answers too; needs generated."""
     processed: str | None = DataConfig.processed
-    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY, or with generated
-    answers processed_data/NAME/generated-FOLDER/FAMILY."""
+    """Folder of the tokenised data, made anew where it does not fit; default: one for each choice
+    of tokenizer, lengths and records, processed_data/NAME/{full,generated-FOLDER}/FAMILY-HASH."""
     max_length: Annotated[int, Ge(2)] = DataConfig.max_length
     """Longest prompt + response in tokens; longer responses are cut."""
     max_prompt_length: Count = DataConfig.max_prompt_length

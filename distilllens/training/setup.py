@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -198,6 +199,15 @@ def load_data(plan: Plan) -> PreparedData:
         tokenizer=plan.tokenizer,
         family=plan.student_config.model_type,
     )
+    if plan.config.dry_run:  # which stores nothing: each process has its own
+        data = prepare(write=False)
+    else:
+        data = _prepare_together(prepare)
+    _check_positions(plan, data)
+    return data
+
+
+def _prepare_together(prepare: Callable[..., PreparedData]) -> PreparedData:
     own: list[PreparedData] = []
     distributed.on_main(lambda: own.append(prepare()))
     data, refusal = (own[0] if own else None), None
@@ -208,7 +218,6 @@ def load_data(plan: Plan) -> PreparedData:
             refusal = error
     refuse_together("the tokenised data that the first process has made", refusal)
     assert data is not None
-    _check_positions(plan, data)
     return data
 
 
