@@ -6,8 +6,6 @@ Anything else that escapes ``main`` is a bug of ours and ends with exit code 1.
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +120,3 @@ def as_user_error(error: Exception, trace: str = "--debug shows the traceback") 
     if isinstance(error, UserError):
         return error
     return UserError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", fix=trace)
-
-
-def end_command(error: Exception | KeyboardInterrupt, *, debug: bool, interrupted: str) -> int:
-    """Tells the user on the screen how a command ended, and returns the exit code.
-
-    Args:
-        error: What was raised; called while it is handled.
-        debug: Show the traceback too.
-        interrupted: What the same command will do, told after Ctrl-C.
-    """
-    if debug:
-        traceback.print_exc()
-    if isinstance(error, KeyboardInterrupt):
-        print(f"interrupted; {interrupted}", file=sys.stderr)
-        return leave_code(EXIT_INTERRUPTED)
-    told = as_user_error(error)
-    if not told.everywhere or is_first_here():
-        print(told.format(), file=sys.stderr, flush=True)
-    return leave_code(told.exit_code, alone=not told.everywhere)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import signal
 import time
@@ -29,12 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distilllens.config import TrainConfig, load_config
+from distilllens.config import TrainConfig
 from distilllens.data.collate import collate_columns
 from distilllens.data.progress import track
 from distilllens.data.tokenize import PreparedData, record_lengths, response_rows
 from distilllens.errors import (
-    EXIT_OK,
     ConfigError,
     NumericsError,
     StorageError,
@@ -42,7 +40,6 @@ from distilllens.errors import (
 from distilllens.kernels.chunks import LogitTransform, Unembedding
 from distilllens.runs import write_json
 from distilllens.runtime import distributed
-from distilllens.runtime.libraries import quiet_libraries
 from distilllens.runtime.signals import Stopped, StopRequest
 from distilllens.student import Teacher
 from distilllens.teacher.cache import (
@@ -66,20 +63,6 @@ SHARD_BYTES = 256 * 2**20
 """Shards are as large as this, or one record: what a killed run loses at most."""
 SPARE_DISK = 1.05
 """Free space that must be there, as a share of what will be written."""
-
-
-def cache_teacher_main(argv: Sequence[str]) -> int:
-    """Caches as the arguments say; returns 0.
-
-    Raises:
-        UserError: As `cache_teacher`.
-    """
-    command = shlex.join(["python", "-m", "distilllens", "cache-teacher", *argv])
-    config = load_config(argv, prog="python -m distilllens cache-teacher")
-    quiet_libraries()
-    cache_teacher(config, distributed.initialize(), StopRequest(resume_command=command))
-    distributed.shutdown()
-    return EXIT_OK
 
 
 @dataclass(frozen=True, kw_only=True)

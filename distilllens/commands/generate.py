@@ -26,22 +26,21 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilllens.config import ModelConfig, TrainConfig, load_config
+from distilllens.config import ModelConfig, TrainConfig
 from distilllens.data.encode import encode_prompts
 from distilllens.data.generated import RECEIPT, RECORDS, read_receipt
 from distilllens.data.progress import track
 from distilllens.data.records import Record, file_sha256, read_records
-from distilllens.errors import EXIT_OK, ConfigError, DataError, StorageError
+from distilllens.errors import ConfigError, DataError, StorageError
 from distilllens.evaluation.cells.provenance import checkpoint_fingerprint, differences
 from distilllens.evaluation.cells.shares import own_share
 from distilllens.evaluation.decoding.sampling import example_seed
 from distilllens.evaluation.generation import check_context_window, generate_answers
-from distilllens.evaluation.protocol import DTYPES, local_device, process_group
+from distilllens.evaluation.protocol import DTYPES, local_device
 from distilllens.families import base_model
 from distilllens.models import load_model_config, load_teacher, load_tokenizer
-from distilllens.runs import git_commit, shown_command, versions, write_json
+from distilllens.runs import git_commit, versions, write_json
 from distilllens.runtime import distributed
-from distilllens.runtime.libraries import quiet_libraries
 from distilllens.runtime.manifest import HashedFile, sync
 from distilllens.runtime.signals import StopRequest
 
@@ -90,21 +89,6 @@ class GenerateJob:
     prompts: list[Prompt]
     shards: list[Shard]
     missing: list[Shard]
-
-
-def generate_main(argv: Sequence[str]) -> int:
-    """Generates as the arguments say; returns 0.
-
-    Raises:
-        UserError: As `generate`.
-    """
-    config = load_config(argv, prog="python -m distilllens generate")
-    quiet_libraries()
-    command = shown_command(["python", "-m", "distilllens", "generate", *argv])
-    stop = StopRequest(resume_command=command)
-    with stop.listening(), process_group():
-        generate(config, stop)
-    return EXIT_OK
 
 
 def generate(config: TrainConfig, stop: StopRequest) -> None:

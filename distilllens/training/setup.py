@@ -199,10 +199,8 @@ def load_data(plan: Plan) -> PreparedData:
         tokenizer=plan.tokenizer,
         family=plan.student_config.model_type,
     )
-    if plan.config.dry_run:  # which stores nothing: each process has its own
-        data = prepare(write=False)
-    else:
-        data = _prepare_together(prepare)
+    # A dry run stores nothing, so there each process has its own.
+    data = prepare(write=False) if plan.config.dry_run else _prepare_together(prepare)
     _check_positions(plan, data)
     return data
 

@@ -21,7 +21,7 @@ FLOORS = """
     hidden lens_matrix objective student teacher training
     evaluation report tracking publish checkpoint sweep
     trainer commands session
-    __main__
+    cli __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""
 

@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from distilllens.cli.prepare import PrepareConfig, prepare_main
 from distilllens.config import DataConfig, EvalConfig
 from distilllens.data import prepare
 from distilllens.data.benchmarks import BENCHMARKS
-from distilllens.data.prepare import PUBLISHED_SETS, PrepareConfig, prepare_main
+from distilllens.data.prepare import PUBLISHED_SETS
 from distilllens.errors import ConfigError, DataError
 
 
