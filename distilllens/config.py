@@ -489,12 +489,15 @@ class JudgeConfig:
     """Show tracebacks on the screen."""
 
 
-def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> TrainConfig:
+def load_config(
+    argv: Sequence[str] | None = None, *, prog: str = "python train.py", about: str = ""
+) -> TrainConfig:
     """Reads a training configuration: YAML layers deep-merged, then flags.
 
     Args:
         argv: Arguments without the program's name; default: those of the process.
-        prog: The program's name, for ``--help``: other commands take a training's options too.
+        prog: How the program is called, for ``--help``: others take a training's options too.
+        about: What it does with them; default: it trains.
 
     Returns:
         The resolved, validated configuration.
@@ -503,7 +506,7 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") ->
         ConfigError: Unknown keys (all at once, with the nearest known name), values of a wrong
             type or range, a file that is missing or not YAML.
     """
-    config = parse_arguments(TrainConfig, argv, prog=prog)
+    config = parse_arguments(TrainConfig, argv, prog=prog, about=about)
     raise_problems(train_problems(config))
     if config.objective.approach == "seqkd" and config.data.generated is None:
         raise ConfigError(
@@ -516,7 +519,7 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") ->
 
 def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Reads an evaluation configuration; the same form and errors as `load_config`."""
-    config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
+    config = parse_arguments(EvaluateConfig, argv, prog="python evaluate.py")
     raise_problems(evaluate_problems(config))
     return config
 

@@ -8,6 +8,12 @@ from distilllens.config import load_config
 from distilllens.errors import EXIT_OK
 from distilllens.runs import shown_command
 
+ABOUT = (
+    "Sample the teacher's answers to the training prompts, to train on. Takes the options of that "
+    "training and reads its model (the teacher), data, generate and eval.dev_size; writes "
+    "raw.jsonl and generation.json into data.generated."
+)
+
 
 def generate_main(argv: Sequence[str]) -> int:
     """Generates as the arguments say; returns 0.
@@ -15,7 +21,7 @@ def generate_main(argv: Sequence[str]) -> int:
     Raises:
         UserError: As `load_config` and `generate`.
     """
-    config = load_config(argv, prog="python -m distilllens generate")
+    config = load_config(argv, prog="python -m distilllens generate", about=ABOUT)
     # Late: torch and transformers take seconds, which help and typos need not wait for.
     from distilllens.commands.generate import generate
     from distilllens.evaluation.protocol import process_group

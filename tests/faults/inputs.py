@@ -294,7 +294,7 @@ def yaml_cases() -> Iterator[tuple[str, BadInput]]:
 # --- Flags --------------------------------------------------------------------------------------
 
 FLAGS: dict[str, str] = {
-    "--optim.lrr 1": r"unknown flag --optim\.lrr \(did you mean optim\.lr\?\)",
+    "--optim.lrr 1": r"unknown flag --optim\.lrr \(did you mean --optim\.lr\?\)",
     "--optim.epoch 3": r"unknown flag --optim\.epoch",
     "--local_rank 0": r"unknown flag --local_rank",
     "-x": "x",
@@ -414,7 +414,7 @@ def flag_cases() -> Iterator[tuple[str, BadInput]]:
         name = f"evaluate flags: {text[:40]!r}"
         yield name, BadInput(command="evaluate", code=code, told=told, flags=flags)
     prepare: dict[str, tuple[int, str]] = {
-        "--modle x": (2, r"unknown flag --modle \(did you mean model\?\)"),
+        "--modle x": (2, r"unknown flag --modle \(did you mean --model\?\)"),
         "--model ROOT/gone": (2, "model folder ROOT/gone not found"),
         "--dev_size x": (2, "dev_size"),
         "--dev_size -1": (2, "dev_size=-1 must be ≥ 0"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "distilllens"
 
 FLOORS = """
-    errors statistics ranges parsing config runtime runs
+    errors statistics ranges plain_yaml parsing config runtime runs
     divergence kernels fused families lens layers model_files models data
     hidden lens_matrix objective student teacher training
     evaluation report tracking publish checkpoint sweep

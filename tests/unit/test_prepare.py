@@ -93,7 +93,7 @@ def test_help_documents_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], ConfigError, "--model"),
         (["--model", "checkpoints/nothing"], ConfigError, "checkpoints/nothing"),
-        (["--modle", "x"], ConfigError, "did you mean model"),
+        (["--modle", "x"], ConfigError, "did you mean --model"),
         (["--model", "checkpoints/student", "--dev_size", "x"], ConfigError, "dev_size"),
         (["--model", "checkpoints/student", "--data", "data/no"], DataError, "data/no/raw.jsonl"),
         (["--model", "checkpoints/student", "--trust_remote_code", "true"], ConfigError, "revis"),
