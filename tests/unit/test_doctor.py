@@ -16,6 +16,7 @@ from distilllens.__main__ import main
 from distilllens.cli.doctor import doctor_main
 from distilllens.commands import doctor
 from distilllens.commands.doctor import Finding, examine, show
+from distilllens.errors import ConfigError
 from distilllens.runs import RunFolder, create_run_folder, write_status
 from distilllens.runtime.faults import POINTS
 from distilllens.runtime.lock import locked
@@ -202,9 +203,9 @@ def test_every_fault_point_is_listed(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_an_unknown_flag_ends_with_2() -> None:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ConfigError, match="--lsit") as caught:
         doctor_main(["--lsit"])
-    assert stop.value.code == 2
+    assert caught.value.exit_code == 2
 
 
 def test_a_terminal_gets_a_table() -> None:
