@@ -120,3 +120,21 @@ def as_user_error(error: Exception, trace: str = "--debug shows the traceback") 
     if isinstance(error, UserError):
         return error
     return UserError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", fix=trace)
+
+
+def unwritable(path: Path, error: Exception, *, option: str, kept: str) -> StorageError:
+    """Returns what a user should read where a command's file or folder cannot be written.
+
+    Args:
+        path: Of it.
+        error: Of the system, or of a library that hides it.
+        option: That names another place, as --output_dir.
+        kept: What is safe.
+    """
+    told = (error.strerror if isinstance(error, OSError) else "") or str(error).partition("\n")[0]
+    return StorageError(
+        f"cannot write {path}",
+        why=told or type(error).__name__,
+        fix=f"free the disk, or choose another {option}",
+        kept=kept,
+    )
