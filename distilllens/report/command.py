@@ -170,7 +170,7 @@ def _collect_methods(
         if folders and not methods:
             listed = ", ".join(str(folder) for folder in folders)
             raise ConfigError(
-                f"no results.json below {listed}", fix="run evaluate.py, or leave --eval out"
+                f"no results.json below {listed}", fix="python evaluate.py …, or leave --eval out"
             )
         return methods, []
     found, notes = _evaluation_folders(runs)
