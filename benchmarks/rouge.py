@@ -8,7 +8,7 @@
 Pairs are made of the reference answers of instruction data: each against the next record's, against
 one of anywhere, against itself with its end cut off, and against itself with its words in another
 order. First the F1 of all pairs is compared, bit for bit; then a part of them is timed, on one
-thread.
+thread: pairs whose answer is the reference of none, as a model's answers are new.
 """
 
 from __future__ import annotations
@@ -65,6 +65,22 @@ def make_pairs(texts: Sequence[str], *, limit: int | None, seed: int) -> list[Pa
     return pairs[:limit]
 
 
+def with_new_answers(pairs: Sequence[Pair], limit: int) -> list[Pair]:
+    """Returns the first ``limit`` pairs that leave every answer unknown to who knows references."""
+    chosen: list[Pair] = []
+    answers: set[str] = set()
+    references: set[str] = set()
+    for answer, reference in pairs:
+        if answer == reference or answer in references or reference in answers:
+            continue
+        chosen.append((answer, reference))
+        answers.add(answer)
+        references.add(reference)
+        if len(chosen) == limit:
+            break
+    return chosen
+
+
 def read_texts(files: Sequence[Path], max_chars: int) -> list[str]:
     """Returns all reference answers of the files, each at most ``max_chars`` long.
 
@@ -104,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, help="JSONL files with instruction, output")
     add("--pairs", type=positive_int, default=12_000, help="that are compared; four of each text")
-    add("--timed", type=positive_int, default=1_000, help="the first so many of them are timed")
+    add("--timed", type=positive_int, default=1_000, help="so many with new answers are timed")
     add("--max_chars", type=positive_int, default=2_000, help="of a text; rouge-score is quadratic")
     add_common_options(parser, rounds=3, warmup=0)
     return parser.parse_args(argv)
@@ -127,7 +143,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not any(texts):
         raise DataError("all reference answers are empty")
     pairs = make_pairs(texts, limit=arguments.pairs, seed=arguments.seed)
-    timed = pairs[: arguments.timed]
+    timed = with_new_answers(pairs, arguments.timed)
+    if not timed:
+        raise DataError("every answer is a reference too: too few texts to time any pair")
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
 
     def oracle(pair: Pair) -> float:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from distilllens.cli.ending import end_command
+from distilllens.errors import asks_for_debug
 
 COMMANDS = {
     "prepare": ("distilllens.cli.prepare", "prepare_main", "tokenise records, or download them"),
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     name, *rest = arguments
     module, function, _ = COMMANDS[name]
-    debug = "--debug" in rest
+    debug = asks_for_debug(rest)
     if name not in OWN_DEBUG:
         rest = [argument for argument in rest if argument != "--debug"]
     try:

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -38,8 +36,6 @@ from distilllens.errors import CheckpointError
 from distilllens.publish.card_facts import CardFacts
 from distilllens.publish.export import (
     STUDENT_FOLDER,
-    copy_model,
-    export_model,
     gather_weights,
     storage_error,
     write_model,
@@ -61,17 +57,8 @@ from distilllens.runtime.manifest import (
     write_hashed,
     write_manifest,
 )
+from distilllens.runtime.random_state import random_state, seed_new_rank, set_random_state
 from distilllens.training.resume import STATE_FILE, course_of
-
-__all__ = [
-    "TrainState",
-    "copy_model",
-    "export_model",
-    "load_state",
-    "save_state",
-    "saved_states",
-    "storage_error",
-]
 
 DEEPSPEED_FOLDER = "deepspeed"
 DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
@@ -218,7 +205,7 @@ def _write_parts(
         raise files.failure
     records = {path.relative_to(draft).as_posix(): r for path, r in files.records.items()}
     name = _rank_file(distributed.rank())
-    own = {**_prefixed(RANDOM, _random_state()), **_prefixed(SUMS, parts.sums)}
+    own = {**_prefixed(RANDOM, random_state()), **_prefixed(SUMS, parts.sums)}
     records[name] = write_hashed(draft / name, to_safetensors(own))
     reach("save.after_random", step=state.step)
     if not distributed.is_main():
@@ -313,9 +300,9 @@ def load_state(
     now = distributed.world_size()
     own = [load_file(folder / _rank_file(r)) for r in range(rank, saved_ranks, now)]
     if own:
-        _set_random_state(_without_prefix(RANDOM, own[0]), device)
+        set_random_state(_without_prefix(RANDOM, own[0]), device)
     else:
-        _seed_new_rank(seed, rank, state.step)
+        seed_new_rank(seed, rank, state.step)
     if now != saved_ranks and distributed.is_main():
         logger.warning(
             "%s was saved by %d processes, this run has %d: dropout differs from then on; "
@@ -361,49 +348,3 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _random_state() -> dict[str, Tensor]:
-    """Returns the state of every generator of this process as tensors."""
-    _, python_words, python_gauss = random.getstate()
-    numpy_state: dict[str, Any] = dict(np.random.get_state(legacy=False))
-    counters = [numpy_state["state"]["pos"], numpy_state["has_gauss"]]
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(python_words),
-        "python_gauss": torch.tensor(
-            [] if python_gauss is None else [python_gauss], dtype=torch.float64
-        ),
-        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-        "numpy_counters": torch.tensor(counters),
-        "numpy_gauss": torch.tensor(numpy_state["gauss"], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    position, has_gauss = state["numpy_counters"].tolist()
-    numpy_state = {"key": state["numpy"].numpy().astype(np.uint32), "pos": position}
-    np.random.set_state(
-        {
-            "bit_generator": "MT19937",
-            "state": numpy_state,
-            "has_gauss": has_gauss,
-            "gauss": state["numpy_gauss"].item(),
-        }
-    )
-    if device.type == "cuda" and "cuda" in state:  # a CPU saved none
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _seed_new_rank(seed: int, rank: int, step: int) -> None:
-    """Seeds the generators of a process that was not there when the state was saved."""
-    number = int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
-    torch.manual_seed(number)  # CUDA's too
-    random.seed(number)
-    np.random.seed(number)

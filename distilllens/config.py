@@ -128,7 +128,8 @@ class DataConfig:
     max_prompt_length: Count = 256
     """Longest prompt in tokens; records with longer prompts are dropped, counted and told."""
     train_size: Count | None = None
-    """Use only the first N training records; default: all."""
+    """Use only the first N training records; default: all. Each answer counts as one: with
+    keep_gold and one answer to each prompt, N are of N / 2 prompts."""
     bad_lines: Literal["error", "skip"] = "error"
     """What a broken record does: stop with file and line, or skip it and count."""
     group_by_length: bool = True
@@ -184,11 +185,12 @@ class LensConfig:
     depth_weights: Literal["equal", "deeper", "shallower"] = "equal"
     """deeper: pairs weigh by the student block's number; shallower: mirrored; mean 1. Not together
     with weights."""
-    schedule: Literal["constant", "ramp", "decay"] = "constant"
+    schedule: Literal["constant", "ramp", "decay", "deepest_first", "shallowest_first"] = "constant"
     """λ over the run; ramp: rises in a line from 0, then stays; decay: falls in a line to 0 at the
-    last step."""
+    last step; deepest_first, shallowest_first: pairs join one after another, by the student's
+    block, each rising in a line from 0. The mean is over all pairs, joined or not."""
     schedule_share: Annotated[float, Interval(gt=0, le=1)] = 0.5
-    """Share of all steps in which λ rises or falls."""
+    """Share of all steps in which λ rises or falls, or all pairs join."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,7 +480,8 @@ class JudgeConfig:
     output_price: Weight | None = None
     """Price of a million output tokens."""
     max_cost: Weight | None = None
-    """Stop, with code 75, before this command's requests can cost more; needs both prices."""
+    """Stop, with code 75, before this command's requests can cost more; needs both prices. Must
+    allow one question."""
     max_requests: Count | None = None
     """Stop, with code 75, after this many requests of this command, tries included."""
     output_dir: str | None = None
@@ -568,6 +571,12 @@ def parse_wall_time(text: str, name: str = "run.max_wall_time") -> float:
     return 3600.0 * hours + 60.0 * minutes + seconds
 
 
+def clock(seconds: float) -> str:
+    """Returns a time as H:MM:SS, the nearest second."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
 def train_problems(config: TrainConfig) -> list[str]:
     """Returns the options of a training that are in conflict; ranges stand at the fields."""
     model, data, objective, optim = config.model, config.data, config.objective, config.optim
@@ -627,6 +636,7 @@ def name_problems(key: str, name: str | None) -> list[str]:
 def evaluate_problems(config: EvaluateConfig) -> list[str]:
     """Returns the options of an evaluation that are in conflict; ranges stand at the fields."""
     sets, seeds = config.sets, config.eval.seeds
+    measures = config.token_metrics or config.exposure_bias
     rules = {
         "sets must not be empty": bool(sets),
         f"sets={sets} names a set twice": len(set(sets)) == len(sets),
@@ -635,7 +645,7 @@ def evaluate_problems(config: EvaluateConfig) -> list[str]:
         "trust_remote_code needs revision": not config.trust_remote_code or bool(config.revision),
         "exposure_bias needs teacher": not config.exposure_bias or bool(config.teacher),
         "teacher is read by token_metrics and exposure_bias: ask for one of them": (
-            config.teacher is None or config.token_metrics or config.exposure_bias
+            config.teacher is None or measures
         ),
         "teacher_lora needs teacher": config.teacher_lora is None or bool(config.teacher),
         "teacher_revision needs teacher": config.teacher_revision is None or bool(config.teacher),
@@ -645,6 +655,14 @@ def evaluate_problems(config: EvaluateConfig) -> list[str]:
         "teacher and similarity must not be empty": "" not in (config.teacher, config.similarity),
         "similarity_revision needs similarity": (
             config.similarity_revision is None or bool(config.similarity)
+        ),
+        "harness runs without backend=vllm, similarity, token_metrics and exposure_bias": (
+            config.harness is None
+            or not (measures or config.similarity or config.backend == "vllm")
+        ),
+        "harness_path and harness_fewshot need harness": (
+            config.harness is not None
+            or (config.harness_path is None and config.harness_fewshot is None)
         ),
     }
     return _broken(rules) + name_problems("name", config.name)

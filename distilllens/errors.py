@@ -6,6 +6,7 @@ Anything else that escapes ``main`` is a bug of ours and ends with exit code 1.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,17 @@ def as_user_error(error: Exception, trace: str = "--debug shows the traceback") 
     if isinstance(error, UserError):
         return error
     return UserError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", fix=trace)
+
+
+def asks_for_debug(arguments: Sequence[str]) -> bool:
+    """Whether ``--debug`` is among arguments and not false; they may be broken otherwise."""
+    asks = False
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument == "--debug":
+            asks = following.lower() != "false"
+        elif argument.startswith("--debug="):
+            asks = argument.lower() != "--debug=false"
+    return asks
 
 
 def unwritable(path: Path, error: Exception, *, option: str, kept: str) -> StorageError:

@@ -14,6 +14,8 @@ from rich.table import Table
 from distilllens.config import LayerRule
 from distilllens.errors import ConfigError
 
+LISTS = "objective.lens.teacher_layers and student_layers"
+
 
 @dataclass(frozen=True, order=True)
 class LayerPair:
@@ -56,28 +58,30 @@ def build_layer_pairs(
             or in conflict with the rule; an unknown rule; more pairs than the models have layers.
     """
     if rule not in get_args(LayerRule):
-        raise ConfigError(f"lens.rule={rule!r} is unknown; known: {', '.join(get_args(LayerRule))}")
+        raise ConfigError(
+            f"objective.lens.rule={rule!r} is unknown; known: {', '.join(get_args(LayerRule))}"
+        )
     if (teacher is None) != (student is None):
-        raise ConfigError("lens.teacher_layers and lens.student_layers must be given together")
+        raise ConfigError(f"{LISTS} must be given together")
     if teacher is None or student is None:
         teacher, student = _layers_by_rule(rule, num_teacher, num_student, count, every)
     elif rule not in ("proportional", "explicit"):
         raise ConfigError(
-            f"lens.rule={rule}, but lens.teacher_layers and lens.student_layers are given",
+            f"objective.lens.rule={rule}, but {LISTS} are given",
             why="the lists leave the rule nothing to choose",
             fix="--objective.lens.rule explicit, or without the lists: "
             "--objective.lens.teacher_layers null --objective.lens.student_layers null",
         )
     if len(teacher) != len(student):
         raise ConfigError(
-            f"lens.teacher_layers has {len(teacher)} entries {list(teacher)}, "
-            f"lens.student_layers has {len(student)} {list(student)}",
+            f"objective.lens.teacher_layers has {len(teacher)} entries {list(teacher)}, "
+            f"objective.lens.student_layers has {len(student)} {list(student)}",
             why="layers are compared pair by pair",
         )
     if not teacher:
-        raise ConfigError("lens.teacher_layers and lens.student_layers are empty")
-    _check_layers("lens.teacher_layers", teacher, num_teacher)
-    _check_layers("lens.student_layers", student, num_student)
+        raise ConfigError(f"{LISTS} are empty")
+    _check_layers("objective.lens.teacher_layers", teacher, num_teacher)
+    _check_layers("objective.lens.student_layers", student, num_student)
     return [LayerPair(t, s) for t, s in zip(teacher, student, strict=True)]
 
 
@@ -86,19 +90,21 @@ def _layers_by_rule(
 ) -> tuple[list[int], list[int]]:
     """Returns teacher and student blocks of a rule that needs no more than the depths."""
     if rule == "explicit":
-        raise ConfigError("lens.rule=explicit needs lens.teacher_layers and lens.student_layers")
+        raise ConfigError(f"objective.lens.rule=explicit needs {LISTS}")
     if rule == "lens_similarity":
         raise ConfigError(
-            "lens.rule=lens_similarity is measured on the models, when they are loaded"
+            "objective.lens.rule=lens_similarity is measured on the models, when they are loaded"
         )
     if rule == "every_n":
         if every is None or every < 1:
-            raise ConfigError(f"lens.rule=every_n needs lens.every ≥ 1, got {every}")
+            raise ConfigError(
+                f"objective.lens.rule=every_n needs objective.lens.every ≥ 1, got {every}"
+            )
         return _every_nth(num_teacher, num_student, every)
     most = min(num_teacher, num_student) - 1
     if not 1 <= count <= most:
         raise ConfigError(
-            f"lens.count={count} must be in [1, {most}] for {num_teacher} teacher "
+            f"objective.lens.count={count} must be in [1, {most}] for {num_teacher} teacher "
             f"and {num_student} student blocks"
         )
     if rule == "last_k":
@@ -118,11 +124,12 @@ def _every_nth(num_teacher: int, num_student: int, every: int) -> tuple[list[int
     teacher = [(2 * num_teacher * s + num_student) // (2 * num_student) for s in student]
     if not student:
         raise ConfigError(
-            f"lens.every={every} must be in [1, {num_student - 1}] for {num_student} student blocks"
+            f"objective.lens.every={every} must be in [1, {num_student - 1}] for {num_student} "
+            "student blocks"
         )
     if len(set(teacher)) < len(teacher) or teacher[0] < 1 or teacher[-1] >= num_teacher:
         raise ConfigError(
-            f"lens.every={every} pairs the student blocks {student} with {teacher} of "
+            f"objective.lens.every={every} pairs the student blocks {student} with {teacher} of "
             f"{num_teacher} teacher blocks",
             why="each needs a teacher block of its own, below the last",
             fix="another --objective.lens.every, or --objective.lens.rule proportional",
@@ -175,10 +182,14 @@ def _check_layers(name: str, layers: Sequence[int], num_layers: int) -> None:
             raise ConfigError(
                 f"{name}: layer {layer} is out of range [1, {num_layers}]",
                 why="layer i is the output of block i, counted from 1",
+                fix=f"--{name} with numbers from 1 to {num_layers}, or null for both lists",
             )
     for before, after in itertools.pairwise(layers):
         if after <= before:
-            raise ConfigError(f"{name}: {after} after {before}; layers must increase strictly")
+            raise ConfigError(
+                f"{name}: {after} after {before}; layers must increase strictly",
+                fix=f"sort --{name}, each number once",
+            )
 
 
 def layer_table(pairs: Sequence[LayerPair], num_teacher: int, num_student: int) -> Table:

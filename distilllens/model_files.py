@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
@@ -40,10 +41,23 @@ LARGEST_SIZES = {
     "vocab_size": 10_000_000,
 }
 LONGEST_REASON = 300
+FOLDERS = {
+    "model": "config.json, tokenizer files and model.safetensors",
+    "adapter": "adapter_config.json and adapter_model.safetensors",
+    "sentence model": "modules.json and the folders that it names",
+}
+"""What each kind of folder holds."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def check_source(path: str, must_hold: str, revision: str | None = None) -> bool:
+def check_source(
+    path: str,
+    must_hold: str,
+    revision: str | None = None,
+    *,
+    kind: Literal["model", "sentence model"] = "model",
+    option: str = "",
+) -> bool:
     """Returns whether to stay off the network: for folders, and while the hub cannot be reached.
 
     One quick request decides; the libraries themselves would retry for a minute.
@@ -51,8 +65,8 @@ def check_source(path: str, must_hold: str, revision: str | None = None) -> bool
     Raises:
         ConfigError: `check_folder`; or the hub says that there is no such repository.
     """
-    check_folder(path, must_hold)
-    if Path(path).expanduser().is_dir():
+    check_folder(path, must_hold, kind=kind, option=option)
+    if Path(path).is_dir():
         return True
     try:
         HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)
@@ -63,38 +77,87 @@ def check_source(path: str, must_hold: str, revision: str | None = None) -> bool
     return False
 
 
-def check_folder(path: str, *must_hold: str) -> None:
-    """Refuses at once what is meant as a local folder and is not one."""
+def check_folder(
+    path: str,
+    must_hold: str,
+    *,
+    kind: Literal["model", "adapter", "sentence model"] = "model",
+    option: str = "",
+    may_be_hub_name: bool = True,
+) -> None:
+    """Refuses at once what is meant as a local folder and is not one.
+
+    Args:
+        path: The folder, or the name of a hub repository.
+        must_hold: Name of a file.
+        kind: A key of `FOLDERS`.
+        option: By which the user gave the path, as ``--model.student``; for the advice.
+        may_be_hub_name: Leave alone what is no folder and can be the name of a hub repository.
+
+    Raises:
+        ConfigError: It is not there, is a file, lacks the file, or begins with ``~``.
+    """
+    other = f"another {option}" if option else "another path"
+    if path.startswith("~"):
+        full = os.path.expanduser(path)[:200]
+        raise ConfigError(
+            f"{kind} folder {path[:100]} not found",
+            why="~ is read by a shell alone, and there at the beginning of a word",
+            fix=f"give {option or 'the path'} in full" + (f", {full}" if full != path else ""),
+        )
+    folder = Path(path)
     try:
-        folder = Path(path).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # too long a name; a home of nobody
-        raise ConfigError(f"model folder {path[:100]} not found", why=str(error)[:100]) from None
+    except OSError as error:  # too long a name
+        raise ConfigError(f"{kind} folder {path[:100]} not found", why=str(error)[:100]) from None
     if is_folder:
-        if lacking := [name for name in must_hold if not (folder / name).is_file()]:
-            raise ConfigError(
-                f"{path} holds no {lacking[0]}",
-                why="a model folder has config.json, tokenizer files and model.safetensors",
-            )
+        if not (folder / must_hold).is_file():
+            raise _lacking(folder, must_hold, kind, option)
         return
     if is_there:
-        raise ConfigError(f"{path} is a file, not a model folder")
-    looks_local = path.startswith((".", "/", "~")) or folder.parent.is_dir()
-    if looks_local or path.count("/") > 1:
+        raise ConfigError(f"{path} is a file, not a {kind} folder", fix=f"give {other}")
+    looks_local = path.startswith((".", "/")) or folder.parent.is_dir() or path.count("/") > 1
+    if looks_local or not may_be_hub_name:
+        how = " (checkpoints/README.md says how)" if kind == "model" else ""
         raise ConfigError(
-            f"model folder {path} not found",
-            fix="put a Hugging Face model folder there (checkpoints/README.md says how), "
-            "or change model.student / model.teacher",
+            f"{kind} folder {path} not found",
+            fix=f"put a Hugging Face {kind} folder there{how}, or give {other}",
         )
 
 
-def check_adapter(path: str) -> None:
-    """Refuses adapters that are not there, are pickled, or name a module to import."""
-    check_folder(path, "adapter_config.json")
-    if not Path(path).is_dir():
-        raise ConfigError(f"adapter folder {path} not found", fix="change model.teacher_lora")
+def _lacking(folder: Path, must_hold: str, kind: str, option: str) -> ConfigError:
+    """Returns what to say of a folder without a file, above all of a run's own folder."""
+    what = f"{folder} holds no {must_hold}"
+    for model in (folder / "best", folder / "latest"):
+        if (model / must_hold).is_file():
+            return ConfigError(
+                what,
+                why=f"it is the folder of a run, which has its model in {model.name}/",
+                fix=f"give {option or 'the path'} {model}",
+            )
+    return ConfigError(
+        what,
+        why=f"a {kind} folder has {FOLDERS[kind]}",
+        fix=f"put {must_hold} there, or give another {option or 'path'}",
+    )
+
+
+def check_adapter(path: str, option: str) -> None:
+    """Refuses adapters that are not there, are pickled, or name a module to import.
+
+    Args:
+        path: Of a local folder.
+        option: By which the user gave it.
+
+    Raises:
+        ConfigError: It is such a one.
+    """
+    check = functools.partial(
+        check_folder, path, kind="adapter", option=option, may_be_hub_name=False
+    )
+    check("adapter_config.json")
     check_weights(path)
-    check_folder(path, "adapter_model.safetensors")  # else the library takes adapter_model.bin
+    check("adapter_model.safetensors")  # else the library takes adapter_model.bin
     settings = check_settings(path, "adapter_config.json", trust_remote_code=False)
     if settings.get("megatron_config") is not None:
         raise ConfigError(f"cannot load {path}", why="megatron_config names a module to import")
@@ -147,7 +210,7 @@ def check_settings(path: str, name: str, *, trust_remote_code: bool) -> dict[str
             folder's own or of a hub repository, unless it is trusted, or transformers knows the
             family itself: then its own class is loaded, and the code is told of and left alone.
     """
-    file = Path(path).expanduser() / name
+    file = Path(path) / name
     if not file.is_file():
         return {}
     try:

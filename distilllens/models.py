@@ -37,16 +37,22 @@ from distilllens.runtime.libraries import quiet_libraries
 
 
 def load_model_config(
-    path: str, *, trust_remote_code: bool = False, revision: str | None = None
+    path: str, *, trust_remote_code: bool = False, revision: str | None = None, option: str = ""
 ) -> PretrainedConfig:
     """Loads a model's configuration without its weights.
+
+    Args:
+        path: Local folder, or name of a hub repository.
+        trust_remote_code: Run Python code that comes with the model.
+        revision: Commit hash of a hub repository.
+        option: By which the user gave the path, as ``--model.student``; for the advice.
 
     Raises:
         ConfigError: The folder is not there, is no model folder, or is a hub name while offline;
             its config.json is broken, asks for code of its own without ``trust_remote_code``, has
             sizes that no model has, or is of a family that predicts no next token.
     """
-    offline = check_source(path, "config.json", revision)
+    offline = check_source(path, "config.json", revision, option=option)
     check_settings(path, "config.json", trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(
@@ -75,16 +81,16 @@ def load_model_config(
 
 
 def load_tokenizer(
-    path: str, *, trust_remote_code: bool = False, revision: str | None = None
+    path: str, *, trust_remote_code: bool = False, revision: str | None = None, option: str = ""
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer beside a model.
+    """Loads the tokenizer beside a model; arguments as `load_model_config`.
 
     Raises:
         ConfigError: Not there or broken; it asks for code of its own without
             ``trust_remote_code``, knows no tokens or no end-of-sequence token, or has ids that the
             model beside it has no rows for.
     """
-    offline = check_source(path, "tokenizer_config.json", revision)
+    offline = check_source(path, "tokenizer_config.json", revision, option=option)
     check_settings(path, "tokenizer_config.json", trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -199,7 +205,7 @@ def load_teacher(config: ModelConfig, *, dtype: torch.dtype | None) -> PreTraine
         quantization=quantization_settings(config.teacher_quantization, dtype),
     )
     if config.teacher_lora is not None:
-        check_adapter(config.teacher_lora)
+        check_adapter(config.teacher_lora, "--model.teacher_lora")
         try:
             adapted = PeftModel.from_pretrained(model, config.teacher_lora)
         except Exception as error:  # whatever a library stumbles over in a stranger's file
@@ -263,7 +269,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     """Wraps a model in a new adapter on all its linear layers but the head; only that is trained.
 
     Raises:
-        ConfigError: The rank is larger than the model is wide.
+        ConfigError: The rank is larger than the model is wide, or its layers take no adapter.
     """
     width = model.config.get_text_config().hidden_size
     if lora.r > width:
@@ -275,7 +281,14 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, settings)
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:  # of Mamba, whose kernels take the weights and not the layers
+        raise ConfigError(
+            f"model.student_lora does not go with the family {model.config.model_type!r}",
+            why=first_line(error),
+            fix="train the whole student: --model.student_lora null",
+        ) from None
 
 
 def num_blocks(config: PretrainedConfig) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from distilllens.config import CE_ONLY, LensConfig, ObjectiveConfig
@@ -21,6 +22,9 @@ from distilllens.divergence import DivergenceOptions
 from distilllens.errors import ConfigError
 from distilllens.kernels.chunks import Term
 from distilllens.layers import LayerPair
+
+BY_DEPTH = ("deepest_first", "shallowest_first")
+"""Schedules of the lens by which its pairs differ."""
 
 
 class Rows(NamedTuple):
@@ -55,6 +59,7 @@ class DistillationObjective:
         self.divergence = config.divergence
         self.lens_divergence = lens.divergence
         self.lens_coeff = lens.coeff if uses_lens else 0.0
+        self.lens_schedule = lens.schedule
         self.pair_weights = _pair_weights(lens, self.lens_pairs)
         self.hidden_loss = hidden.loss
         self.hidden_coeff = hidden.coeff if uses_hidden else 0.0
@@ -109,7 +114,7 @@ class DistillationObjective:
         teacher: Rows | None,
         targets_N: Tensor,
         scale: float,
-        lens_share: float = 1.0,
+        lens_shares: Sequence[float] | None = None,
     ) -> list[Term]:
         """Builds the fused terms: the final layer first, then the pairs of the lens.
 
@@ -118,7 +123,7 @@ class DistillationObjective:
             teacher: Rows of the teacher; None: cross entropy only.
             targets_N: Token ids that the rows predict (int64).
             scale: Factor of the whole loss.
-            lens_share: Factor of the lens, see `schedule.lens_share`.
+            lens_shares: Factor of each pair of the lens, see `schedule.lens_shares`; None: 1.
         """
         final = Term(
             student_hidden_ND=student.final,
@@ -131,20 +136,42 @@ class DistillationObjective:
         )
         if teacher is None or not self.lens_pairs:
             return [final]
+        shares = lens_shares if lens_shares is not None else [1.0] * len(self.lens_pairs)
         lens = [
             Term(
                 student_hidden_ND=student_hidden_ND,
                 teacher_hidden_NE=teacher_hidden_NE,
                 kind=self.lens_divergence,
                 options=self.lens_options,
-                divergence_weight=scale * lens_share * weight,
+                divergence_weight=scale * share * weight,
                 train_head=self.train_head,
             )
-            for student_hidden_ND, teacher_hidden_NE, weight in zip(
-                student.layers, teacher.layers, self.lens_weights, strict=True
+            for student_hidden_ND, teacher_hidden_NE, weight, share in zip(
+                student.layers, teacher.layers, self.lens_weights, shares, strict=True
             )
         ]
         return [final, *lens]
+
+    def scheduled(self, sums_K2: Tensor, lens_shares: Sequence[float]) -> Tensor:
+        """Returns sums of one step with each lens pair's share as a factor."""
+        factors = torch.ones(self.num_sums)
+        factors[1 : 1 + len(self.lens_pairs)] = torch.tensor(lens_shares)
+        return factors.to(sums_K2.device, non_blocking=True)[:, None] * sums_K2
+
+    def lens_coefficients(self, lens_shares: Sequence[float]) -> dict[str, float]:
+        """Names λ as a schedule has made it: the mean over the pairs, and by pair if they differ.
+
+        Without ``lens.weights``, which come on top; empty where λ is constant.
+        """
+        if not self.lens_pairs or self.lens_schedule == "constant":
+            return {}
+        mean = sum(lens_shares) / len(lens_shares)
+        coefficients = {"lens_coeff": self.lens_coeff * mean}
+        if self.lens_schedule in BY_DEPTH:
+            for pair, share in zip(self.lens_pairs, lens_shares, strict=True):
+                name = f"lens_coeff/{self.lens_schedule}/L{pair.student:02d}"
+                coefficients[name] = self.lens_coeff * share
+        return coefficients
 
     def losses(
         self,
@@ -158,8 +185,8 @@ class DistillationObjective:
             sums_K2: Unweighted sums of cross entropy and divergence of each term in nats; of each
                 hidden-state pair 0 and the distance.
             num_tokens: Response tokens in those sums.
-            scheduled_K2: The same sums with each step's ``lens_share`` as a factor, so that
-                ``loss`` is what those steps really trained; None: it was always 1.
+            scheduled_K2: The same sums, each step's as `scheduled` makes them, so that ``loss`` is
+                what those steps really trained; None: all shares were always 1.
         """
         tokens = max(num_tokens, 1)
         losses = {"loss": 0.0, "loss/ce": sums_K2[0][0] / tokens}
@@ -203,9 +230,10 @@ def _pair_weights(lens: LensConfig, pairs: Sequence[LayerPair]) -> list[float]:
         return [1.0] * count
     if len(weights) != count:
         raise ConfigError(
-            f"lens.weights has {len(weights)} entries {list(weights)}, but there are {count} pairs"
+            f"objective.lens.weights has {len(weights)} entries {list(weights)}, but there are "
+            f"{count} pairs"
         )
     total = sum(weights)
     if min(weights) < 0 or not total > 0:
-        raise ConfigError(f"lens.weights={list(weights)} must be ≥ 0 and not all 0")
+        raise ConfigError(f"objective.lens.weights={list(weights)} must be ≥ 0 and not all 0")
     return [weight * count / total for weight in weights]

@@ -181,6 +181,15 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield path
 
 
+def scalars(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every dotted key whose value is no mapping."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _config_paths(argv: Sequence[str]) -> Iterator[Path]:
     for position, argument in enumerate(argv):
         if argument == "--config" and position + 1 < len(argv):
@@ -211,7 +220,7 @@ def _layer_problems(
         for key in _flatten(content):
             if key not in known:
                 yield f"{path}: unknown key {key}{did_you_mean(key, known)}"
-        for section, value in _scalars(content):
+        for section, value in scalars(content):
             if section in sections and not (value is None and section in optional):
                 yield f"{path}: {section} must be a mapping of keys, got {value!r:.40}"
 
@@ -275,15 +284,6 @@ def _optional_keys(parser: ArgumentParser) -> set[str]:
     """Returns the keys that may be null."""
     hints = {a.dest: get_args(getattr(a, "_typehint", None)) for a in parser._actions}
     return {key for key, parts in hints.items() if type(None) in parts}
-
-
-def _scalars(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every dotted key whose value is no mapping."""
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> Iterator[str]:

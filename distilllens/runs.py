@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distilllens import __version__
-from distilllens.errors import ConfigError, StorageError, UserError
+from distilllens.errors import ConfigError, DataError, StorageError, UserError
 from distilllens.runtime.manifest import DRAFT, saved_states
 
 RECORDED_PACKAGES = (
@@ -57,6 +57,9 @@ URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
 SHORTEST_SECRET = 8
 """Values of secret variables that are shorter are not searched for in texts: they are words."""
 
+FACTS_FILE = "distilllens.json"
+"""Beside exported weights: how they were trained, from which their model card is written."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -76,7 +79,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        """Fingerprint and counts of the data."""
+        """Fingerprint, origin and counts of the data."""
         return self.root / "data.json"
 
     @property
@@ -202,6 +205,24 @@ def check_unused(folder: RunFolder) -> None:
         fix="choose another --run.output_dir, or remove that folder",
         kept="everything in it is untouched",
     )
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """Returns what a run has recorded in a JSON file; ``default`` where there is no such file.
+
+    Raises:
+        DataError: It is not JSON, or of another type than ``default``.
+    """
+    if not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}", fix="remove the file") from None
+    if not isinstance(content, type(default)):
+        wanted = "a list" if isinstance(default, list) else "a JSON object"
+        raise DataError(f"{path}: expected {wanted}, got {type(content).__name__}")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -312,7 +312,8 @@ def _record(
     """Writes what the run is, before it starts."""
     replace_text(folder.config, redact(dump_config(config)))
     write_json(folder.environment, environment_record(list(arguments)))
-    write_json(folder.data, {"fingerprint": data.fingerprint, **data.stats})
+    made_of = {"fingerprint": data.fingerprint, "source": data.source}
+    write_json(folder.data, {**made_of, **data.stats})
     if plan.pairs and not plan.pairs_are_open:
         write_json(folder.layers, pair_records(plan))
     step = _step(newest_state(folder))

@@ -66,7 +66,8 @@ class ResampledMean:
         The acceleration of a mean, which is else found by leaving out each prompt in turn, is a
         sixth of the resampled mean's skewness.
         """
-        if self.variance == 0:
+        # Equal values without an exact mean leave the square of a rounding error.
+        if self.variance <= (ZERO * max(1.0, abs(self.mean))) ** 2:
             return self.mean, self.mean
         below = np.mean(self.draws_R < self.mean) + np.mean(self.draws_R <= self.mean)
         bias = special.ndtri(below / 2)

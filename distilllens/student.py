@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, N response rows, D student width, E teacher width, K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class DistillationModule(nn.Module):
         teacher: Rows | None = None,
         scale: float = 1.0,
         position_ids_BT: Tensor | None = None,
-        lens_share: float = 1.0,
+        lens_shares: Sequence[float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes the loss of one micro-batch.
 
@@ -121,7 +122,7 @@ class DistillationModule(nn.Module):
             teacher: The teacher's rows; None: cross entropy only (``sft``, and evaluation).
             scale: Factor of the loss.
             position_ids_BT: Of packed records (int64); None: one record a row.
-            lens_share: Factor of the lens in the loss.
+            lens_shares: Factor of each pair of the lens in the loss; None: 1.
 
         Returns:
             ``loss``, float32 scalar: scale × weighted sum over the rows; and ``sums_K2``, float32,
@@ -131,7 +132,7 @@ class DistillationModule(nn.Module):
         layers = [] if teacher is None else [pair.student for pair in self.objective.pairs]
         student = lens_rows(self.lens, layers, input_ids_BT, rows_N, position_ids_BT)
         loss, sums_K2 = fused_linear_terms(
-            self.objective.terms(student, teacher, targets_N, scale, lens_share),
+            self.objective.terms(student, teacher, targets_N, scale, lens_shares),
             student=self.lens.unembedding(),
             teacher=None if teacher is None else self.teacher_unembedding,
             vocab_size=self.vocab_size,

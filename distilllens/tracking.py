@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distilllens.config import clock
 from distilllens.runs import redact
 
 WandbMode = Literal["disabled", "offline", "online"]
@@ -145,7 +146,7 @@ class Tracker:
         seconds, first_step = time.monotonic() - self._start[0], self._start[1]
         done = step - first_step
         left = seconds / done * (self.total_steps - step) if done > 0 else math.nan
-        eta = "" if math.isnan(left) else f"  left {_clock(left)}"
+        eta = "" if math.isnan(left) else f"  left {clock(left)}"
         return f"step {step}/{self.total_steps}  {text}{eta}"
 
 
@@ -189,12 +190,6 @@ def describe(metrics: Mapping[str, float]) -> str:
     if "perf/memory_gb" in metrics:
         parts.append(f"{metrics['perf/memory_gb']:.2f} GB")
     return "  ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
 
 
 class _Wandb:

@@ -1,4 +1,7 @@
-"""The training loop. Setup lives in `setup`, the mathematics in `student`, files in `checkpoint`.
+"""The training loop: steps, their numbers, and when to evaluate, save and stop.
+
+Setup lives in `training.setup`, the mathematics in `student`, the dev set in `dev_evaluation`,
+files in `keeper`.
 
 Shapes: B batch, T tokens, N response rows, K sums of the objective.
 """
@@ -10,82 +13,38 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor
 
-from distilllens.checkpoint import (
-    StateParts,
-    TrainState,
-    copy_model,
-    export_model,
-    load_state,
-    save_state,
-)
-from distilllens.data.collate import collate_columns
-from distilllens.data.encode import tokenizer_fingerprint
-from distilllens.data.records import Record, read_records
+from distilllens.checkpoint import TrainState
 from distilllens.data.tokenize import PreparedData
-from distilllens.errors import CheckpointError
-from distilllens.evaluation.cells.plan import no_usable_prompt
-from distilllens.evaluation.cells.prompts import fit_prompts
+from distilllens.dev_evaluation import DevEvaluation
 from distilllens.evaluation.cells.shares import own_share
-from distilllens.evaluation.protocol import evaluate_dev_generations
-from distilllens.families import base_model
-from distilllens.publish.card_facts import CardFacts, facts_of_run
-from distilllens.runs import RunFolder, newest_state, write_status
+from distilllens.keeper import Keeper
+from distilllens.runs import RunFolder
 from distilllens.runtime import distributed
 from distilllens.runtime.faults import reach
-from distilllens.runtime.manifest import read_manifest
 from distilllens.runtime.signals import Request, Stopped, StopRequest
 from distilllens.student import DistillationModule, Teacher
 from distilllens.teacher.cache import CachedTeacher
 from distilllens.tracking import Tracker
 from distilllens.training.bad_step import bad_step_error
-from distilllens.training.layer_choice import pair_records
+from distilllens.training.clipping import clip_gradients_
 from distilllens.training.loader import StepBatches, StepLoader
 from distilllens.training.loss_scale import is_at_smallest_scale, smallest_scale_error
 from distilllens.training.numerics_guard import NumericsGuard, WatchedStep
-from distilllens.training.resume import check_same_facts
-from distilllens.training.schedule import learning_rate, lens_share
-from distilllens.training.setup import Plan, StepCount, build_optimizer
-
-
-@dataclass
-class Totals:
-    """What has been added up since the last line of metrics; stays on the device."""
-
-    sums_K2: Tensor
-    scheduled_K2: Tensor
-    """The same with each step's share of the lens as a factor."""
-    lens_share: float = 1.0
-    """Of the last step."""
-    tokens: int = 0
-    steps: int = 0
-    data_s: float = 0.0
-    start: float = 0.0
-
-    def saved(self) -> dict[str, Tensor]:
-        """Returns it as a state holds it, with the seconds so far for the clock's start."""
-        seconds = [time.perf_counter() - self.start, self.data_s]
-        return {
-            "sums_K2": self.sums_K2.cpu(),
-            "scheduled_K2": self.scheduled_K2.cpu(),
-            "counts": torch.tensor([self.tokens, self.steps]),
-            "seconds": torch.tensor(seconds, dtype=torch.float64),
-        }
-
-    def add(self, saved: dict[str, Tensor]) -> None:
-        """Goes on from what one process saved."""
-        self.sums_K2 += saved["sums_K2"].to(self.sums_K2.device)
-        self.scheduled_K2 += saved["scheduled_K2"].to(self.sums_K2.device)
-        self.tokens, self.steps = (int(count) for count in saved["counts"])
-        seconds, self.data_s = saved["seconds"].tolist()
-        self.start = time.perf_counter() - seconds
+from distilllens.training.schedule import learning_rate, lens_shares
+from distilllens.training.setup import (
+    Plan,
+    StepCount,
+    build_optimizer,
+    divide_weights,
+    prove_lens,
+)
+from distilllens.training.totals import Totals
 
 
 class Trainer:
@@ -119,13 +78,13 @@ class Trainer:
         self.plan, self.config, self.steps = plan, plan.config, steps
         self.teacher, self.data, self.folder, self.tracker = teacher, data, folder, tracker
         self.device, self.stop = device, stop
-        self.world_size, self.rank = distributed.world_size(), distributed.rank()
+        self.world_size = distributed.world_size()
         self.loader = StepLoader(
             plan,
             data.train,
             steps,
             cache=teacher if isinstance(teacher, CachedTeacher) else None,
-            rank=self.rank,
+            rank=distributed.rank(),
             world_size=self.world_size,
             pin=device.type == "cuda",
         )
@@ -133,21 +92,38 @@ class Trainer:
         watched = [] if plan.dtype == torch.float16 else module.named_parameters()
         # In float16 a gradient that overflows is normal: DeepSpeed skips it and lowers its scale.
         self.guard = NumericsGuard(optimizer, watched, device, plan.optimizer_device)
+        if plan.zero_stage == 3:
+            divide_weights(module, plan, device)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=plan.deepspeed
         )
         self.module = module
-        if plan.zero_stage == 3:  # the fused loss reads these weights without calling their modules
+        if plan.zero_stage == 3:
+            prove_lens(module.lens, plan, data, device)
+            # The fused loss reads these weights without calling their modules.
             for parameter in module.lens.parts.head.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
         self.state = TrainState(tracker_id=tracker.run_id)
-        self.resumed_from: Path | None = None
-        self.begun_at = ""  # the state that run.resume named, once: later ones are this run's own
-        self.tokenizer_sha256 = tokenizer_fingerprint(plan.tokenizer)
         self.totals = self._new_totals()
-        self.card = self._collect_card()
-        answers = self.config.eval.metric == "rougeL" and len(data.dev) > 0
-        self.dev_records = self._read_dev_records() if answers else []
+        self.norm_before_clipping = torch.zeros((), device=device)
+        self.keeper = Keeper(
+            plan,
+            steps,
+            engine=self.engine,
+            student=module.student,
+            folder=folder,
+            tracker=tracker,
+            data_fingerprint=data.fingerprint,
+        )
+        self.dev = DevEvaluation(
+            plan,
+            data.dev,
+            engine=self.engine,
+            student=module.student,
+            tracker=tracker,
+            device=device,
+            stop=stop,
+        )
 
     # --- The loop ---
 
@@ -206,7 +182,7 @@ class Trainer:
         # DeepSpeed averages over processes and micro-batches; this factor turns that mean of sums
         # into the sum over all of them, divided by all their tokens.
         scale = self.world_size * count / max(batches.num_tokens, 1)
-        share = lens_share(self.config.objective.lens, self.state.step, self.steps.total_steps)
+        shares = self._lens_shares(self.state.step)
         step_sums_K2 = torch.zeros_like(self.totals.sums_K2)
         for number, micro_batch in enumerate(batches.micro_batches, start=1):
             batch, teacher_rows = micro_batch.to(self.device)
@@ -214,7 +190,7 @@ class Trainer:
             if isinstance(self.teacher, Teacher):
                 teacher_rows = self.teacher.rows(batch.input_ids_BT, batch.rows_N, positions_BT)
             inputs = (batch.input_ids_BT, batch.rows_N, batch.targets_N, teacher_rows)
-            loss, sums_K2 = self.engine(*inputs, scale * self.loss_scale, positions_BT, share)
+            loss, sums_K2 = self.engine(*inputs, scale * self.loss_scale, positions_BT, shares)
             loss = loss / self.loss_scale  # DeepSpeed's backward multiplies by it again
             if reach("step.loss", step=self.state.step + 1):
                 loss, sums_K2 = loss * math.nan, sums_K2 * math.nan
@@ -224,15 +200,16 @@ class Trainer:
             step_sums_K2 += sums_K2
             if number == count:
                 self._watch(step_sums_K2, batches)
+                self._clip()
                 self._set_learning_rate()
                 reach("step.before_update", step=self.state.step + 1)
             self._update()
         self.state.step += 1
         reach("step.after_update", step=self.state.step)
         self.totals.sums_K2 += step_sums_K2
-        self.totals.scheduled_K2 += share * step_sums_K2
-        self.totals.lens_share = share
+        self.totals.scheduled_K2 += self.plan.objective.scheduled(step_sums_K2, shares)
         self.totals.tokens += batches.num_tokens
+        self.totals.input_tokens += batches.num_input_tokens
         self.totals.steps += 1
 
     def _watch(self, sums_K2: Tensor, batches: StepBatches) -> None:
@@ -246,6 +223,12 @@ class Trainer:
             )
         )
 
+    def _clip(self) -> None:
+        """Clips the gradient where there is no ZeRO; else DeepSpeed's own step does."""
+        if self.plan.zero_stage == 0:
+            limit = self.config.optim.clip_grad
+            self.norm_before_clipping = clip_gradients_(self.module.parameters(), limit)
+
     def _update(self) -> None:
         """Has DeepSpeed update the weights, or in float16 skip the step and lower its scale.
 
@@ -258,7 +241,7 @@ class Trainer:
             if not is_at_smallest_scale(error):
                 raise
             self.refuse_non_finite()  # then that is the reason
-            raise smallest_scale_error(self.state.step + 1, kept=self._kept()) from error
+            raise smallest_scale_error(self.state.step + 1, kept=self.keeper.kept()) from error
 
     @property
     def loss_scale(self) -> float:
@@ -277,25 +260,25 @@ class Trainer:
         """
         if (bad := self.guard.bad_step()) is None:
             return
-        share = lens_share(self.config.objective.lens, bad.step - 1, self.steps.total_steps)
+        scheduled_K2 = self.plan.objective.scheduled(bad.sums_K2, self._lens_shares(bad.step - 1))
         raise bad_step_error(
             bad,
-            losses=self._mean_losses(bad.sums_K2, share * bad.sums_K2, bad.num_tokens),
+            losses=self._mean_losses(bad.sums_K2, scheduled_K2, bad.num_tokens),
             gradients=self.guard.bad_gradients(),
             folder=self.folder,
             records=self.data.train,
             tokenizer=self.plan.tokenizer,
-            kept=self._kept(),
+            kept=self.keeper.kept(),
         )
-
-    def _kept(self) -> str:
-        state, model = newest_state(self.folder), self.folder.latest
-        places = [str(place) for place in (state, model) if place is not None and place.is_dir()]
-        return ", ".join(places) or "nothing was saved yet"
 
     def _set_learning_rate(self) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate
+
+    def _lens_shares(self, step: int) -> list[float]:
+        """Returns each lens pair's at optimizer step ``step``, from 0."""
+        pairs, lens = self.plan.objective.lens_pairs, self.config.objective.lens
+        return lens_shares(lens, len(pairs), step, self.steps.total_steps)
 
     @property
     def learning_rate(self) -> float:
@@ -305,16 +288,13 @@ class Trainer:
     # --- Numbers ---
 
     def _new_totals(self) -> Totals:
-        sums_K2 = torch.zeros(self.plan.objective.num_sums, 2, device=self.device)
-        return Totals(sums_K2, sums_K2.clone(), start=time.perf_counter())
+        return Totals.zero(self.plan.objective.num_sums, self.device)
 
-    def _mean_losses(
-        self, sums_K2: Tensor, scheduled_K2: Tensor, num_tokens: int
-    ) -> dict[str, float]:
+    def _mean_losses(self, sums_K2: Tensor, scheduled_K2: Tensor, tokens: int) -> dict[str, float]:
         """Names the means over all processes."""
         both = torch.stack([sums_K2, scheduled_K2]).double()
         sums, scheduled = distributed.sum_over_ranks(both).tolist()
-        return self.plan.objective.losses(sums, num_tokens, scheduled)
+        return self.plan.objective.losses(sums, tokens, scheduled)
 
     @property
     def epochs_done(self) -> float:
@@ -329,23 +309,25 @@ class Trainer:
     def log_metrics(self) -> None:
         """Writes the means since the last line, over all processes."""
         totals, self.totals = self.totals, self._new_totals()
-        seconds = self.totals.start - totals.start
-        objective = self.plan.objective
-        losses = self._mean_losses(totals.sums_K2, totals.scheduled_K2, totals.tokens)
-        metrics = {f"train/{name}": value for name, value in losses.items()}
-        if objective.lens_pairs and self.config.objective.lens.schedule != "constant":
-            metrics["train/lens_coeff"] = totals.lens_share * objective.lens_coeff
+        named = self._mean_losses(totals.sums_K2, totals.scheduled_K2, totals.tokens)
+        shares = self._lens_shares(self.state.step - 1)  # of the last step
+        named |= self.plan.objective.lens_coefficients(shares)
+        metrics = {f"train/{name}": value for name, value in named.items()}
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
-        if (norm := self.engine.get_global_grad_norm()) is not None:
+        if (norm := self._gradient_norm()) is not None:
             metrics["train/grad_norm"] = float(norm)
         if self.plan.dtype == torch.float16:
             metrics["train/loss_scale"] = self.loss_scale
             metrics["train/skipped_steps"] = self.engine.skipped_steps
-        metrics["perf/step_s"] = seconds / totals.steps
-        metrics["perf/response_tokens_per_s"] = totals.tokens / seconds
-        metrics["perf/data_wait_pct"] = 100 * totals.data_s / seconds
+        metrics |= totals.speeds(end=self.totals.start)
         metrics["perf/memory_gb"] = self._peak_memory_gb()
         self.tracker.log(metrics, step=self.state.step, epoch=self.epochs_done)
+
+    def _gradient_norm(self) -> Tensor | float | None:
+        """Returns the last step's before clipping; None where the DeepSpeed file turns it off."""
+        if self.plan.zero_stage == 0:
+            return self.norm_before_clipping
+        return self.engine.get_global_grad_norm()
 
     def _peak_memory_gb(self) -> float:
         if self.device.type == "cuda":
@@ -356,8 +338,7 @@ class Trainer:
 
     def is_evaluation_due(self) -> bool:
         """Each ``eval.every`` steps (default: each epoch), and at the end; once."""
-        every = self.config.eval.every or self.steps.steps_per_epoch
-        step = self.state.step
+        step, every = self.state.step, self.config.eval.every or self.steps.steps_per_epoch
         is_its_turn = step % every == 0 or step == self.steps.total_steps
         return is_its_turn and self.state.evaluated_step < step
 
@@ -380,94 +361,28 @@ class Trainer:
 
         Without a dev set best/ is always the latest.
         """
-        start, step = time.perf_counter(), self.state.step
         self.refuse_non_finite()
-        reach("evaluate.start", step=step)
-        metrics = self.dev_metrics()
-        reach("evaluate.after_dev", step=step)
-        export_model(
-            *(self.engine, self.module.student, self.plan.tokenizer, self.folder.latest),
-            sampling=self.config.eval,
-            card=self._card(metrics),
-        )
-        reach("evaluate.after_latest", step=step)
-        name, larger = f"eval/dev/{self.config.eval.metric}", self.config.eval.metric == "rougeL"
-        if not metrics or self.state.take_if_best(metrics[name], larger=larger):
-            copy_model(self.folder.latest, self.folder.best)
-            self.tracker.say(f"best/ is now step {step}")
-        if not metrics:
-            self.state.best_step = step
-        self.state.evaluated_step = step
-        reach("evaluate.end", step=step)
-        metrics["perf/eval_s"] = time.perf_counter() - start
-        self.tracker.log(metrics, step=step, epoch=self.epochs_done)
-        self.totals.start += time.perf_counter() - start  # throughput counts training only
+        begun, step = time.perf_counter(), self.state.step
+        with self.totals.paused():
+            reach("evaluate.start", step=step)
+            metrics = self.dev.measure()
+            reach("evaluate.after_dev", step=step)
+            self.keeper.export_latest(step, metrics)
+            reach("evaluate.after_latest", step=step)
+            if self._is_best(metrics):
+                self.keeper.copy_to_best(step)
+            self.state.evaluated_step = step
+            reach("evaluate.end", step=step)
+            metrics["perf/eval_s"] = time.perf_counter() - begun
+            self.tracker.log(metrics, step=step, epoch=self.epochs_done)
 
-    def dev_metrics(self) -> dict[str, float]:
-        """Returns the token-weighted dev loss and, if it chooses best/, Rouge-L of answers."""
-        if len(self.data.dev) == 0:
-            return {}
-        self.tracker.say(f"evaluating {len(self.data.dev)} dev records")
-        self.engine.eval()
-        loss = self._dev_loss()
-        metrics = {"eval/dev/loss": loss, "eval/dev/ppl": math.exp(min(loss, 700.0))}
-        if self.config.eval.metric == "rougeL":
-            metrics |= self._dev_generations()
-        self.engine.train()
-        return metrics
-
-    @torch.no_grad()
-    def _dev_loss(self) -> float:
-        size, count = self.config.eval.batch_size, len(self.data.dev)
-        starts = range(0, count, size)
-        loss_sum, tokens = 0.0, 0.0
-        for turn in range(math.ceil(len(starts) / self.world_size)):
-            self.stop.check("evaluating")
-            number = turn * self.world_size + self.rank
-            start = starts[number % len(starts)]  # all processes run equally often (ZeRO-3)
-            columns = self.data.dev[start : start + size]
-            batch = collate_columns(columns, pad_id=self.plan.tokenizer.eos_token_id)
-            batch = batch.to(self.device)
-            _, sums_K2 = self.engine(batch.input_ids_BT, batch.rows_N, batch.targets_N)
-            if number < len(starts):
-                loss_sum += sums_K2[0, 0].item()
-                tokens += batch.num_tokens
-        loss_sum, tokens = distributed.sum_numbers([loss_sum, tokens], self.device)
-        return loss_sum / max(tokens, 1.0)
-
-    def _read_dev_records(self) -> list[Record]:
-        """Returns the dev records to answer, now: what cannot be cut should stop no running job."""
-        data, settings = self.config.data, self.config.eval
-        file = read_records(Path(data.path) / "raw.jsonl", bad_lines=data.bad_lines)
-        fitted = fit_prompts(
-            self.plan.tokenizer,
-            file.records[: settings.dev_size],
-            limit=data.max_prompt_length,
-            long_prompts=settings.long_prompts,
-        )
-        if fitted.num_long:
-            self.tracker.say(
-                f"dev prompts over {data.max_prompt_length} tokens: {len(fitted.cut)} cut in the "
-                f"middle, {fitted.num_dropped} dropped, before they are answered"
-            )
-        if not fitted.records:
-            num_records = len(file.records[: settings.dev_size])
-            raise no_usable_prompt("the dev set", num_records, data.max_prompt_length)
-        return fitted.records
-
-    def _dev_generations(self) -> dict[str, float]:
-        metrics = evaluate_dev_generations(
-            base_model(self.module.student),
-            self.plan.tokenizer,
-            self.dev_records,
-            settings=self.config.eval,
-            seed=self.config.eval.seeds[0],
-            max_prompt_length=self.config.data.max_prompt_length,
-            rank=self.rank,
-            world_size=self.world_size,
-            stop=self.stop,
-        )
-        return {f"eval/dev/{name}": value for name, value in metrics.items()}
+    def _is_best(self, dev_metrics: dict[str, float]) -> bool:
+        """Remembers this step if it is the best so far."""
+        if not dev_metrics:
+            self.state.best_step = self.state.step
+            return True
+        metric = self.config.eval.metric
+        return self.state.take_if_best(dev_metrics[f"eval/dev/{metric}"], larger=metric == "rougeL")
 
     def save(self) -> None:
         """Saves all that a later process needs to go on from here.
@@ -477,84 +392,18 @@ class Trainer:
             StorageError: No space, or no right to write.
         """
         self.refuse_non_finite()
-        start = time.perf_counter()
-        parts = StateParts(
-            config=self.config,
-            student=self.module.student,
-            tokenizer=self.plan.tokenizer,
-            facts=self.facts,
-            sums=self.totals.saved(),
-            source=self.resumed_from,
-            card=self._card({}),
-        )
-        save_state(self.engine, self.state, parts, self.folder.state)
-        distributed.on_main(
-            lambda: write_status(self.folder, state="running", code=None, step=self.state.step)
-        )
-        self.totals.start += time.perf_counter() - start  # throughput counts training only
+        with self.totals.paused():
+            self.keeper.save(self.state, self.totals.saved())
         self.stop.alive()
 
-    def _collect_card(self) -> CardFacts | None:
-        """Returns what the exports' cards tell; None on all processes but the first."""
-        if not distributed.is_main():
-            return None
-        try:
-            return facts_of_run(self.folder, self.config)
-        except Exception as error:  # of a file that only the card needs: no reason to stop
-            self.tracker.say(f"exports will have no model card: {error}")
-            return None
-
-    def _card(self, dev_metrics: dict[str, float]) -> CardFacts | None:
-        """Returns the facts for the card of this step."""
-        return self.card and replace(self.card, step=self.state.step, dev=dev_metrics)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a state is of, as its manifest tells it; the sample offset counts in the epoch."""
-        epoch, steps = divmod(self.state.step, self.steps.steps_per_epoch)
-        return {
-            "epoch": epoch,
-            "sample_offset": steps * self.steps.global_batch,
-            "global_batch": self.steps.global_batch,
-            "zero_stage": self.plan.zero_stage,
-            "precision": str(self.plan.dtype),
-            "begun_at": self.begun_at,
-            "data_fingerprint": self.data.fingerprint,
-            "tokenizer_sha256": self.tokenizer_sha256,
-            "layer_pairs": pair_records(self.plan),
-        }
-
-    def resume(self, state: Path) -> None:
+    def resume(self, path: Path) -> None:
         """Goes on from a verified state.
 
         Raises:
             CheckpointError: It is of other data, or a part of it did not come back.
         """
-        allow_changes = self.config.run.allow_changes
-        changes = check_same_facts(state, self.facts, allow_changes=allow_changes)
-        groups = self.engine.optimizer.param_groups
-        decays = [group["weight_decay"] for group in groups]
-        self.state, saved = load_state(self.engine, state, self.device, seed=self.config.run.seed)
-        # DeepSpeed brings back these options too, which run.allow_changes may have changed.
-        for group, decay in zip(self.engine.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-        self.engine.optimizer.clip_grad = self.config.optim.clip_grad
-        if self.state.step > self.steps.total_steps:
-            raise CheckpointError(
-                f"{state} is at step {self.state.step}, this run has {self.steps.total_steps}",
-                fix="raise --optim.epochs or --optim.max_steps",
-            )
-        manifest = read_manifest(state)
-        named = self.config.run.resume
-        is_named = named not in ("auto", "must", "never")
-        self.begun_at = str(Path(named).resolve()) if is_named else manifest["begun_at"]
-        self.resumed_from = state
-        self.tracker.say(f"resuming from step {self.state.step}")
-        if changes:
-            self.tracker.say(f"saved → now, allowed by run.allow_changes:{changes}")
-        shape = self.totals.sums_K2.shape
-        same_pairs = manifest["layer_pairs"] == self.facts["layer_pairs"]
+        self.state, saved = self.keeper.load(path, self.device)
         for sums in saved:
-            if same_pairs and sums["sums_K2"].shape == shape:
+            if self.totals.fits(sums):
                 self.totals.add(sums)
         self.stop.alive()

@@ -142,7 +142,7 @@ def minicpm3(size: Size) -> PreTrainedModel:
         "qk_nope_head_dim": 4,
     }
     config = MiniCPM3Config(
-        **size.modern(num_key_value_heads=2), **ranks, v_head_dim=8, dim_model_base=4
+        **size.modern(num_key_value_heads=2), **ranks, v_head_dim=6, dim_model_base=4
     )
     return MiniCPM3ForCausalLM(config)
 

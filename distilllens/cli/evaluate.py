@@ -6,16 +6,15 @@ import sys
 from collections.abc import Sequence
 
 from distilllens.cli.ending import end_command
-from distilllens.config import load_evaluate_config
-from distilllens.errors import EXIT_OK
+from distilllens.config import EvaluateConfig, load_evaluate_config
+from distilllens.errors import EXIT_OK, asks_for_debug
 from distilllens.runtime.screen import steady_screen
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """Scores as the arguments say (default: those of the process); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    overwrites = any(argument.startswith("--overwrite") for argument in arguments)
-    same = "the same command without --overwrite" if overwrites else "the same command"
+    config: EvaluateConfig | None = None
     with steady_screen():
         try:
             config = load_evaluate_config(arguments)
@@ -24,7 +23,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
             evaluate(config)
         except (Exception, KeyboardInterrupt) as error:
-            debug = any(argument.startswith("--debug") for argument in arguments)
-            goes_on = f"{same} goes on with what is not finished"
+            debug = asks_for_debug(arguments) if config is None else config.debug
+            anew = " without --overwrite" if config is not None and config.overwrite else ""
+            goes_on = f"the same command{anew} goes on with what is not finished"
             return end_command(error, debug=debug, interrupted=goes_on)
     return EXIT_OK

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from distilllens.report.lens.arguments import parse_lens_arguments
-from distilllens.runs import shown_command
 
 
 def lens_main(argv: Sequence[str] | None = None) -> int:
@@ -20,5 +19,5 @@ def lens_main(argv: Sequence[str] | None = None) -> int:
     # Late: torch and transformers take seconds, which help and typos need not wait for.
     from distilllens.report.lens.command import write_lens_report
 
-    write_lens_report(arguments, shown_command(["python", "-m", "distilllens", "lens", *options]))
+    write_lens_report(arguments, options)
     return 0

@@ -27,8 +27,18 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("file", metavar="FILE", type=Path, help="sweep file; configs/sweeps/ has some")
-    add("--dry_run", action="store_true", help="check all, print every command, start nothing")
-    add("--table_only", action="store_true", help="write the table from the folders alone")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check options and what is stored, print every command, start nothing; models and "
+        "data need not be there",
+    )
+    add("--table_only", action="store_true", help="write the table of what is there, start nothing")
+    add(
+        "--overwrite_scores",
+        action="store_true",
+        help="score anew what is scored in part, with other settings or with other weights",
+    )
     add("--fail_fast", action="store_true", help="end at the first training that fails")
     add("--output_dir", metavar="DIR", type=Path, help="instead of the sweep file's")
     add("--processes", metavar="N", type=int, help="of one training, instead of the sweep file's: "

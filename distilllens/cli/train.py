@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from distilllens.cli.ending import end_command
 from distilllens.config import load_config
+from distilllens.errors import asks_for_debug
 from distilllens.runtime.screen import steady_screen
 
 
@@ -19,6 +20,6 @@ def train_main(argv: Sequence[str] | None = None) -> int:
             # Late: torch and transformers take seconds, which help and typos need not wait for.
             from distilllens.session import train
         except (Exception, KeyboardInterrupt) as error:
-            debug = any(argument.startswith("--debug") for argument in arguments)
+            debug = asks_for_debug(arguments)
             return end_command(error, debug=debug, interrupted="the same command starts again")
         return train(config, arguments)

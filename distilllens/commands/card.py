@@ -9,6 +9,7 @@ from typing import Any
 
 from distilllens.config import load_config
 from distilllens.errors import ConfigError, StorageError
+from distilllens.model_files import check_folder
 from distilllens.publish.card import CARD, UNKNOWN, own_licence, write_card
 from distilllens.publish.card_facts import (
     CardFacts,
@@ -30,8 +31,7 @@ def facts_of_model(folder: Path) -> CardFacts:
         ConfigError: No model, or neither facts nor run are there.
         DataError: What is there is damaged.
     """
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is no model's folder: it has no config.json")
+    check_folder(str(folder), "config.json", may_be_hub_name=False)
     if (facts := read_facts(folder)) is not None:
         return facts
     if (run := run_of_model(folder)) is None:

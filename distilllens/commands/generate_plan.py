@@ -75,7 +75,9 @@ def plan_generation(config: TrainConfig) -> GenerateJob:
     folder = Path(data.generated)
     check_folder(folder)
     trust, revision = model.trust_remote_code, model.revision
-    tokenizer = load_tokenizer(model.teacher, trust_remote_code=trust, revision=revision)
+    tokenizer = load_tokenizer(
+        model.teacher, trust_remote_code=trust, revision=revision, option="--model.teacher"
+    )
     raw_file = Path(data.path) / RECORDS
     file = read_records(raw_file, bad_lines=data.bad_lines)
     dev_size = config.eval.dev_size

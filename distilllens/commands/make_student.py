@@ -108,13 +108,14 @@ def write_student(teacher_path: str, layers: Sequence[int], out: Path) -> tuple[
     """
     if out.exists():
         raise ConfigError(f"{out} is there already", fix="choose another --out, or delete it")
+    tokenizer = load_tokenizer(teacher_path, option="--teacher")
     teacher = load_model(teacher_path)
     student = build_student(teacher, layers)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch) / out.name
         student.save_pretrained(folder)
-        load_tokenizer(teacher_path).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         folder.rename(out)
     return _num_parameters(teacher), _num_parameters(student)
 

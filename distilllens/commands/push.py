@@ -23,9 +23,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from distilllens.errors import CheckpointError, ConfigError, StorageError, UserError
+from distilllens.model_files import check_folder
 from distilllens.publish.card import CARD, UNKNOWN
-from distilllens.publish.card_facts import FACTS_FILE, count_parameters, refuse_state
-from distilllens.runs import redact
+from distilllens.publish.card_facts import count_parameters, refuse_state
+from distilllens.runs import FACTS_FILE, redact
 
 SENT = (
     *(CARD, FACTS_FILE, "LICENSE*", "LICENCE*", "NOTICE*"),
@@ -120,8 +121,7 @@ def check_folder_to_push(folder: Path, *, allow_unknown_licence: bool) -> Parcel
         ConfigError: No model, no card, a card with an unknown licence, or a link.
         CheckpointError: Weights are missing or cannot be read.
     """
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is no model's folder: it has no config.json")
+    check_folder(str(folder), "config.json", may_be_hub_name=False)
     make_it = f"python -m distilllens card {folder}"
     if not (folder / CARD).is_file():
         raise ConfigError(f"{folder} has no model card", fix=make_it)

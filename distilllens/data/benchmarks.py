@@ -57,9 +57,14 @@ def load_benchmark(
         logger.warning(
             "%s: %d broken lines skipped, first %s", path, file.num_skipped, file.problems[0]
         )
+    return file.records[: max_records(name, limit)]
+
+
+def max_records(name: str, limit: int | Literal["all"] | None) -> int | None:
+    """Returns how many records of a set an evaluation with this limit uses; None: all it has."""
     if limit is None and name in BENCHMARKS:
-        return file.records[: BENCHMARKS[name][1]]
-    return file.records[: None if limit == "all" else limit]
+        return BENCHMARKS[name][1]
+    return None if limit == "all" else limit
 
 
 def benchmark_path(name: str, *, data_dir: str | Path) -> Path:

@@ -82,11 +82,7 @@ def collate(
     lengths = [len(s["prompt_ids"]) + len(s["response_ids"]) for s in samples]
     if not lengths or min(lengths) < 1:
         raise ValueError(f"collate needs samples with at least one token, got lengths {lengths}")
-    places = [(i, 0) for i in range(len(lengths))]
-    if row_tokens is not None:
-        places = _pack(lengths, max(1, sum(lengths) // row_tokens))
-    size = 1 + max(row for row, _ in places)
-    width = max(start + length for (_, start), length in zip(places, lengths, strict=True))
+    places, size, width = lay_out(lengths, row_tokens)
     input_ids_BT = torch.full((size, width), pad_id, dtype=torch.int64)
     labels_BT = torch.full((size, width), IGNORE, dtype=torch.int64)
     attention_mask_BT, position_ids_BT = torch.zeros(2, size, width, dtype=torch.int64)
@@ -121,6 +117,17 @@ def collate_columns(
     pairs = zip(columns["prompt_ids"], columns["response_ids"], strict=True)
     samples = [{"prompt_ids": p, "response_ids": r} for p, r in pairs]
     return collate(samples, pad_id=pad_id, row_tokens=row_tokens)
+
+
+def lay_out(
+    lengths: Sequence[int], row_tokens: int | None
+) -> tuple[list[tuple[int, int]], int, int]:
+    """Returns (row, start) of each record, the number of rows, and their tokens; as `collate`."""
+    places = [(i, 0) for i in range(len(lengths))]
+    if row_tokens is not None:
+        places = _pack(lengths, max(1, sum(lengths) // row_tokens))
+    width = max(start + length for (_, start), length in zip(places, lengths, strict=True))
+    return places, 1 + max(row for row, _ in places), width
 
 
 def _pack(lengths: Sequence[int], num_rows: int) -> list[tuple[int, int]]:

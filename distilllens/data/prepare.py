@@ -105,7 +105,7 @@ def prepare_records(
     return prepare_dataset(
         data=data,
         dev_size=dev_size,
-        tokenizer=load_tokenizer(model, **trust),
+        tokenizer=load_tokenizer(model, **trust, option="--model"),
         family=load_model_config(model, **trust).model_type,
         console=console,
     )

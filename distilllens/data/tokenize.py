@@ -72,7 +72,10 @@ class PreparedData:
     train: Dataset
     dev: Dataset
     folder: Path
+    source: dict[str, Any]
+    """What it was made of, as plain JSON: hashes of the files and the tokenizer, the options."""
     fingerprint: str
+    """Of ``source``."""
     stats: dict[str, Any]
 
     def summary(self) -> str:
@@ -169,6 +172,7 @@ def prepare_dataset(
         dev=tokenised.tables["dev"],
         folder=folder,
         fingerprint=_fingerprint(source),
+        source=source,
         stats=tokenised.stats,
     )
 
@@ -256,6 +260,7 @@ def _open(folder: Path, *, train_size: int | None) -> PreparedData:
         train=_first(train, train_size),
         dev=dev,
         folder=folder,
+        source=manifest["source"],
         fingerprint=_fingerprint(manifest["source"]),
         stats=manifest["stats"],
     )

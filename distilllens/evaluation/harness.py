@@ -183,7 +183,9 @@ def _load(config: EvaluateConfig) -> HFLM:
     from lm_eval.models.huggingface import HFLM
 
     trust, revision = config.trust_remote_code, config.revision
-    tokenizer = load_tokenizer(config.checkpoint, trust_remote_code=trust, revision=revision)
+    tokenizer = load_tokenizer(
+        config.checkpoint, trust_remote_code=trust, revision=revision, option="--checkpoint"
+    )
     model = load_model(
         config.checkpoint,
         dtype=DTYPES[config.dtype],

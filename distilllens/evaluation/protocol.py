@@ -159,7 +159,10 @@ def evaluate_checkpoint(config: EvaluateConfig) -> list[dict[str, Any]]:
     with process_group() as (rank, world_size):
         console.quiet = rank != 0
         tokenizer = load_tokenizer(
-            config.checkpoint, trust_remote_code=config.trust_remote_code, revision=config.revision
+            config.checkpoint,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+            option="--checkpoint",
         )
         sets = [load_set(name, tokenizer, config) for name in config.sets]
         check_windows(config, sets)

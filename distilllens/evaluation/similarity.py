@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from distilllens.errors import ConfigError
 from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
+from distilllens.evaluation.out_of_memory import with_less
 from distilllens.model_files import check_settings, check_source, check_weights, unloadable
 from distilllens.runtime.libraries import quiet_libraries
 
 BATCH_TEXTS = 64
-"""Texts that run through the model at once."""
+"""Texts that run through the model at once; too little memory halves it."""
 SLICE_TEXTS = 512
 """Texts sorted by length together: what the progress moves by."""
 MODULES = "modules.json"
@@ -60,6 +62,7 @@ class SentenceModel:
         except Exception as error:  # whatever a library stumbles over in a stranger's file
             raise unloadable(path, error) from None
         self._known: dict[str, Tensor] = {}
+        self._batch_texts = BATCH_TEXTS
 
     def embed(self, texts: Sequence[str], advance: Callable[[int], None]) -> Tensor:
         """Returns embeddings of length 1, float32 on the CPU, one row for each text.
@@ -69,19 +72,23 @@ class SentenceModel:
         parts = []
         for start in range(0, len(texts), SLICE_TEXTS):
             part = list(texts[start : start + SLICE_TEXTS])
-            parts.append(
-                self._model.encode(
-                    part,
-                    batch_size=BATCH_TEXTS,
-                    normalize_embeddings=True,
-                    convert_to_tensor=True,
-                    show_progress_bar=False,
-                )
-                .float()
-                .cpu()
+            encode = partial(self._encode, part)
+            embedded_PD, self._batch_texts = with_less(
+                encode, self._batch_texts, one="one text of the similarity"
             )
+            parts.append(embedded_PD)
             advance(len(part))
         return torch.cat(parts)
+
+    def _encode(self, texts: list[str], batch_size: int) -> Tensor:
+        embedded: Tensor = self._model.encode(
+            texts,
+            batch_size=batch_size,
+            normalize_embeddings=True,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        return embedded.float().cpu()
 
     def similarities(
         self, samples: Sequence[Mapping[str, Any]], advance: Callable[[int], None]
@@ -131,10 +138,10 @@ def check_sentence_model(path: str, revision: str | None) -> bool:
             fix="bash scripts/setup.sh similarity, or python -m pip install "
             "'sentence-transformers>=6.2'",
         )
-    offline = check_source(path, MODULES, revision)
+    offline = check_source(path, MODULES, revision, kind="sentence model", option="--similarity")
     check_settings(path, "config.json", trust_remote_code=False)
     check_weights(path)
-    file = Path(path).expanduser() / MODULES
+    file = Path(path) / MODULES
     if file.is_file():
         _check_modules(path, file)
     return offline
@@ -155,7 +162,7 @@ def _check_modules(path: str, file: Path) -> None:
 
 def sentence_model_fingerprint(path: str, revision: str | None) -> str:
     """Returns a hash of weights, tokenizer and modules; see `checkpoint_fingerprint`."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     digest = hashlib.sha256(checkpoint_fingerprint(path, revision).encode())
     for file in sorted([*folder.glob("*.json"), *folder.glob("*/config.json")]):
         digest.update(file.read_bytes())

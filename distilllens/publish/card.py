@@ -21,13 +21,14 @@ from numerize.numerize import numerize
 from distilllens.config import CE_ONLY, EvalConfig, EvaluateConfig
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.publish.card_facts import CardFacts, ModelFacts, count_parameters, write_facts
-from distilllens.publish.card_scores import CardScore
+from distilllens.publish.card_scores import CardScore, Settings
+from distilllens.report.scores.metrics import metric_of
 from distilllens.runs import redact, replace_text
 
 CARD = "README.md"
 UNKNOWN = "unknown: check before you publish"
-METRIC_NAMES = {"rougeL": ("rouge", "Rouge-L"), "exact_match": ("exact_match", "Exact match")}
-"""Key of results.json → type on the hub and name for readers, both as mean × 100."""
+HUB_TYPES = {"rougeL": "rouge"}
+"""Key of results.json → type on the hub, where that has another name for it."""
 
 logger = logging.getLogger("distilllens")
 
@@ -275,7 +276,8 @@ def _training(facts: CardFacts) -> str:
 def _scores(facts: CardFacts, scores: Sequence[CardScore]) -> str:
     parts = []
     if facts.dev:
-        dev = [[name.removeprefix("eval/dev/"), f"{v:.6g}"] for name, v in facts.dev.items()]
+        figures = {name.removeprefix("eval/dev/"): value for name, value in facts.dev.items()}
+        dev = [[metric_of(n).title, f"{v:.6g}"] for n, v in figures.items() if n != "num"]
         count = facts.data.num_dev
         heading = f"On the dev set ({_known(count)} records), at step {_known(facts.step)}:"
         parts.append(f"{heading}\n\n{_table(['dev metric', 'value'], dev)}")
@@ -283,7 +285,7 @@ def _scores(facts: CardFacts, scores: Sequence[CardScore]) -> str:
         rows = [
             [
                 s.test_set,
-                METRIC_NAMES.get(s.metric, ("", s.metric))[1],
+                metric_of(s.metric).title,
                 f"{s.mean:.2f}" if s.sd is None else f"{s.mean:.2f} ± {s.sd:.2f}",
                 str(s.n),
                 str(s.num_prompts),
@@ -291,13 +293,13 @@ def _scores(facts: CardFacts, scores: Sequence[CardScore]) -> str:
             for s in scores
             if s.settings == settings
         ]
-        header = ["set", "metric", "mean ± sd", "n (sampling seeds)", "prompts"]
+        header = ["set", "metric", "mean ± sd", "n", "prompts"]
         how = ", ".join(f"{name} {value}" for name, value in settings)
         parts.append(f"{_table(header, rows)}\n\nAnswers: {how}.")
     if scores:
         parts.append(
-            "± is the sample standard deviation over the sampling seeds of this one model: it "
-            "tells nothing of other training seeds."
+            "± is the sample standard deviation over n sampling seeds of this one model: it tells "
+            "nothing of other training seeds. What is measured without sampling has n = 1."
         )
     return "\n\n".join(parts) or "No evaluation of these weights was found."
 
@@ -363,16 +365,25 @@ def _evaluations(scores: Sequence[CardScore]) -> list[str]:
     """Returns the commands that score a model as the card's scores were made."""
     if not scores:
         return [f"{EVALUATE} --config configs/eval/paper.yaml"]
+    commands = []
+    for settings, options in dict.fromkeys((s.settings, s.options) for s in scores):
+        sets = {s.test_set for s in scores if (s.settings, s.options) == (settings, options)}
+        words = ["--sets", f"[{', '.join(sorted(sets))}]"]
+        for name, text in (*_as_options(settings), *options):
+            value = json.loads(text)
+            words += [f"--{name}", value if isinstance(value, str) else text]
+        commands.append(f"{EVALUATE} {shlex.join(words)}")
+    return commands
+
+
+def _as_options(settings: Settings) -> list[tuple[str, str]]:
+    """Returns those settings that are options of evaluate.py, by their full names."""
     of_eval = {field.name for field in fields(EvalConfig)}
     of_command = {field.name for field in fields(EvaluateConfig)}
-    commands = []
-    for settings in dict.fromkeys(score.settings for score in scores):
-        sets = sorted({score.test_set for score in scores if score.settings == settings})
-        flags = [f"--sets '[{', '.join(sets)}]'"]
-        flags += [f"--eval.{name} {value}" for name, value in settings if name in of_eval]
-        flags += [f"--{name} {value}" for name, value in settings if name in of_command]
-        commands.append(f"{EVALUATE} {' '.join(flags)}")
-    return commands
+    return [
+        *((f"eval.{name}", value) for name, value in settings if name in of_eval),
+        *((name, value) for name, value in settings if name in of_command),
+    ]
 
 
 def _licences(facts: CardFacts, licence: str | None, reason: str) -> str:
@@ -383,7 +394,6 @@ def _licences(facts: CardFacts, licence: str | None, reason: str) -> str:
 
 
 def _eval_result(score: CardScore) -> EvalResult:
-    kind, name = METRIC_NAMES.get(score.metric, (score.metric, score.metric))
     numbers: dict[str, Any] = {"n": score.n, "prompts": score.num_prompts}
     numbers |= {} if score.sd is None else {"sd": score.sd}
     numbers |= {setting: json.loads(value) for setting, value in score.settings}
@@ -392,8 +402,8 @@ def _eval_result(score: CardScore) -> EvalResult:
         task_name="Text generation",
         dataset_type=score.test_set,
         dataset_name=score.test_set,
-        metric_type=kind,
-        metric_name=name,
+        metric_type=HUB_TYPES.get(score.metric, score.metric),
+        metric_name=metric_of(score.metric).title,
         metric_value=score.mean,
         metric_args=numbers,
     )

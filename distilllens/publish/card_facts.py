@@ -8,37 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
 
 from distilllens.config import TrainConfig
 from distilllens.errors import ConfigError, DataError, UserError
 from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
 from distilllens.models import load_model_config, num_blocks
-from distilllens.runs import RunFolder, redact, replace_text
+from distilllens.public import public_command, public_path, public_values
+from distilllens.publish.licences import find_licence
+from distilllens.runs import FACTS_FILE, RunFolder, read_json, redact, replace_text
 from distilllens.training.deepspeed_file import load_deepspeed_config
 from distilllens.training.setup import count_steps
 
-FACTS_FILE = "distilllens.json"
-"""Of an exported model: the facts of its card, from which the card is written again."""
-PROJECT = Path(__file__).resolve().parents[2]
 BESIDE_THE_RESULT = ("run", "tracking", "generate", "dry_run", "debug")
 """Sections and options that do not decide what is trained; of ``run``, the seed does."""
-LICENCE_TITLES = {
-    "apache-2.0": r"Apache License,?\s+Version 2\.0(?:, January 2004)?",
-    "mit": r"(?:The )?MIT License(?: \(MIT\))?",
-    "bsd-3-clause": r"(?:The )?BSD 3-Clause License",
-    "llama2": r"LLAMA 2 COMMUNITY LICENSE AGREEMENT",
-}
-"""Identifier of the hub → the whole title that the licence's text begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +154,7 @@ def facts_of_run(run: RunFolder, config: TrainConfig) -> CardFacts:
     Raises:
         DataError: A file of the run is damaged.
     """
-    environment, data = _read_json(run.environment, {}), _read_json(run.data, {})
+    environment, data = read_json(run.environment, {}), read_json(run.data, {})
     world_size = int(environment.get("machine", {}).get("world_size", 1))
     described = _describe_data(config, data)
     num_train = described.num_train
@@ -181,13 +170,13 @@ def facts_of_run(run: RunFolder, config: TrainConfig) -> CardFacts:
     except UserError:
         steps = None
     adapter = None if teacher is None else config.model.teacher_lora
-    licence, source = (None, "") if adapter is None else find_licence(Path(adapter).expanduser())
+    licence, source = (None, "") if adapter is None else find_licence(Path(adapter))
     return CardFacts(
         student=describe_model(config.model.student, config),
         teacher=None if teacher is None else describe_model(teacher, config),
         data=described,
-        options=_public(_options(config)),
-        pairs=tuple((pair["teacher"], pair["student"]) for pair in _read_json(run.layers, [])),
+        options=public_values(_options(config)),
+        pairs=tuple((pair["teacher"], pair["student"]) for pair in read_json(run.layers, [])),
         world_size=world_size,
         zero_stage=zero_stage,
         precision=precision,
@@ -216,18 +205,6 @@ def dev_metrics_at(run: RunFolder, step: int) -> dict[str, float]:
     return found
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, type(default)):
-        raise DataError(f"{path}: not what a run writes there")
-    return content
-
-
 def _options(config: TrainConfig) -> dict[str, Any]:
     options = dataclasses.asdict(config)
     kept = {name: value for name, value in options.items() if name not in BESIDE_THE_RESULT}
@@ -239,7 +216,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 
 def describe_model(name: str, config: TrainConfig) -> ModelFacts:
     """Looks at a model's folder; of a hub name, only its configuration is looked up."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     is_folder = folder.is_dir()
     revision = config.model.revision
     try:
@@ -296,100 +273,7 @@ def _describe_data(config: TrainConfig, data: Mapping[str, Any]) -> DataFacts:
     )
 
 
-def find_licence(folder: Path) -> tuple[str | None, str]:
-    """Returns a folder's licence as the hub names it, and the file that says so.
-
-    Looks into the front matter of README.md, and if that names none, for texts that begin with the
-    title of a licence known here. Never guesses: None, and what there is to read, where neither
-    tells it, where the front matter names several or another one, and where texts differ.
-    """
-    readme = folder / "README.md"
-    try:
-        front = metadata_load(readme) if readme.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError):
-        front = None
-    licence = front.get("license") if isinstance(front, dict) else None
-    if licence not in (None, "", "unknown"):
-        is_one = isinstance(licence, str) and licence != "other"
-        return (licence, "README.md") if is_one else (None, "README.md there names no single one")
-    names = sorted(p for p in folder.glob("*") if re.match(r"(?i)licen[cs]e|copying", p.name))
-    files = [path for path in names if path.is_file()]
-    found = [_licence_of_text(file) for file in files]
-    if not files:
-        return None, ""
-    if None in found:
-        return None, f"{files[found.index(None)].name} there is not one known here"
-    return (found[0], files[0].name) if len(set(found)) == 1 else (None, "texts of several there")
-
-
-def _licence_of_text(file: Path) -> str | None:
-    head = file.read_text(encoding="utf-8", errors="replace")[:2000]
-    for name, title in LICENCE_TITLES.items():
-        if re.match(rf"[\s#*=_-]*{title}[ \t#*=_-]*(?:\n|\Z)", head):
-            return name
-    return None
-
-
-# --- What may be published ----------------------------------------------------------------------
-
-
-FILE_ADDRESS = re.compile(r"^(?i:file://)[^/\s]*")
-
-
-def public_path(path: str) -> str:
-    """Returns a path as it stands inside the project, else only its last part.
-
-    A hub name, and any relative path that does not climb, stays as it is.
-    """
-    path = FILE_ADDRESS.sub("", path)
-    climbs = ".." in PurePosixPath(path).parts
-    if not path.startswith(("/", "~")) and not climbs:
-        return path.rstrip("/")
-    full = Path(path).expanduser().resolve()
-    home = Path.home()
-    # The working folder is no such root: users' names may stand below it.
-    if PROJECT not in home.parents and PROJECT in full.parents:
-        return full.relative_to(PROJECT).as_posix()
-    return full.name if full.name and full != home else "folder"
-
-
-ABSOLUTE = re.compile(r"(?:(?i:file://)[^/\s]*|(?<![\w./~]))~?/(?:[^/\s'\"\],]+/)*[^/\s'\"\],]+")
-"""A path somewhere in a text: not the middle of a relative one, nor of an address (behind whose
-colon stand two slashes)."""
-
-
-def public_text(text: str) -> str:
-    """Returns a text with all its paths as `public_path` gives them, and without keys."""
-    if text.startswith(("/", "~")):
-        return redact(public_path(text))
-    if ".." in PurePosixPath(text).parts:
-        return redact(public_path(text))
-    return redact(ABSOLUTE.sub(lambda found: public_path(found[0]), text))
-
-
-def _public(value: Any) -> Any:
-    """Applies `public_text` to every text of plain JSON."""
-    if isinstance(value, dict):
-        return {key: _public(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_public(entry) for entry in value]
-    return public_text(value) if isinstance(value, str) else value
-
-
-def public_command(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Returns a training's arguments without those that do not decide what is trained."""
-    kept: list[str] = []
-    skips = False
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("--"):
-            beside = flag.startswith(("--run.", "--tracking.", "--debug"))
-            skips = beside and flag != "--run.seed"
-            if not skips:
-                kept.append(f"{flag}={public_text(value)}" if equals else flag)
-        elif not skips:
-            kept.append(public_text(argument))
-    return tuple(kept)
+# --- Where a model lies --------------------------------------------------------------------------
 
 
 def run_of_model(folder: Path) -> RunFolder | None:

@@ -19,8 +19,9 @@ from distilllens.report.runs.record import RunRecord
 from distilllens.report.runs.table import run_rows
 from distilllens.report.scores.load import Method, prompt_counts
 from distilllens.report.scores.samples import SampleSet
+from distilllens.report.scores.table import ScoreTable
 from distilllens.report.style import line_style
-from distilllens.report.tables import ScoreTable, TextTable
+from distilllens.report.tables import TextTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,15 @@ def build_page(
     )
 
 
-def _comparisons(scores: Scoreboard) -> list[tuple[str, TextTable]]:
-    tables: list[tuple[str, TextTable]] = [
-        (table.title(), table)
+def _comparisons(scores: Scoreboard) -> list[tuple[str, TextTable, list[str]]]:
+    tables: list[tuple[str, TextTable, list[str]]] = [
+        (table.title(), table, [])
         for content in scores.comparisons[:1]  # of Rouge-L; comparisons.md has all
         for table in difference_tables(content)
     ]
-    return tables + ([("Beside the paper's Table 1", scores.paper)] if scores.paper.rows else [])
+    if scores.paper.rows:
+        tables.append(("Beside the paper's Table 1", scores.paper, scores.paper.differences))
+    return tables
 
 
 def _subtitle(

@@ -29,7 +29,7 @@ from distilllens.report.scores.load import (
     list_some,
 )
 from distilllens.report.scores.samples import collect_samples
-from distilllens.report.tables import to_rich
+from distilllens.report.scores.table import to_rich
 from distilllens.report.watch import Watched, watch_runs
 
 SAMPLES_PER_SET = 10

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from distilllens.report.plots import Panel
 from distilllens.report.runs.differences import Differences
 from distilllens.report.scores.samples import SampleSet, marked_words, shown_prompt
+from distilllens.report.scores.table import ScoreTable
 from distilllens.report.style import (
     LIGHT,
     THEMES,
@@ -25,7 +26,7 @@ from distilllens.report.style import (
     figure_png,
     figure_svg,
 )
-from distilllens.report.tables import ScoreTable, TextTable
+from distilllens.report.tables import TextTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,8 @@ class Page:
     tables: Sequence[ScoreTable]
     prompt_counts: Mapping[str, int]
     score_figures: Sequence[PageFigure]
-    comparisons: Sequence[tuple[str, TextTable]]
-    """Titles and tables: differences to a baseline, the paper's figures."""
+    comparisons: Sequence[tuple[str, TextTable, Sequence[str]]]
+    """Titles, tables and numbered notes: differences to a baseline, the paper's figures."""
     group_labels: Sequence[str]
     """Lines of the curves: runs, or methods with several seeds."""
     group_styles: Sequence[LineStyle]

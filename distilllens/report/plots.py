@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from distilllens.report.runs.curves import PER_LAYER, Curve, curves_of
+from distilllens.report.runs.curves import LAYER_TERMS, PER_LAYER, Curve, curves_of
 from distilllens.report.runs.groups import RunGroup, Series
+from distilllens.report.scores.table import ScoreTable
 from distilllens.report.style import Theme, line_style, new_axes, themed
-from distilllens.report.tables import ScoreTable
 
 CURVE_SIZE = (4.3, 2.75)
 """Inches: as wide as a phone, so that text is as large there as beside other panels."""
@@ -149,7 +149,7 @@ def layer_panels(groups: Sequence[RunGroup]) -> list[Panel]:
         same = [other.values_KS for _, _, other_kind, other in maps if other_kind == kind]
         finite = [float(values[np.isfinite(values)].max(initial=0.0)) for values in same]
         largest = max(finite) or 1.0
-        name = "Lens divergence" if term == "lens" else "Hidden-state distance"
+        name = LAYER_TERMS[term]
         panels.append(
             Panel(
                 name=f"{term}_layers_{number}_{_file_stem(measure)}",

@@ -60,8 +60,6 @@ DARK = Theme(
 THEMES = (LIGHT, DARK)
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.8), (1.4, 1.6), (6, 1.6, 1.4, 1.6))
 """On and off lengths in line widths: solid, dashed, dotted, dash-dotted."""
-NUM_LINE_STYLES = len(LIGHT.series) * len(DASHES)
-"""Lines that differ in colour or dash; the next one looks like the first again."""
 
 
 @dataclass(frozen=True, kw_only=True)

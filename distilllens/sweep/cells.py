@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
 from distilllens.config import EvaluateConfig, TrainConfig, load_config, load_evaluate_config
 from distilllens.errors import ConfigError
 from distilllens.parsing import did_you_mean, raise_problems
-from distilllens.runs import RunFolder, is_finished, newest_state
+from distilllens.runs import RunFolder
 from distilllens.sweep.spec import Layers, Sweep
 from distilllens.training.resume import course_of
 
@@ -26,6 +26,8 @@ RECORDS = ("data.path", "data.generated", "data.keep_gold", "data.train_size", "
 """Options that decide how many records there are to train on."""
 STEPS = "optim.max_steps"
 """Differs too where the records do and their passes decide the number of steps."""
+Who = TypeVar("Who", bound=Hashable)
+"""A method, or one of its trainings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,11 @@ class Cell:
 def cell_path(method: str, lr: float | None, seed: int) -> Path:
     """Returns the path of a cell below the sweep's folder or its eval/: METHOD[/lrX]/seedN."""
     return Path(method) / ("" if lr is None else f"lr{lr!r}") / f"seed{seed}"
+
+
+def evaluation_path(sweep: Sweep, method: str, lr: float | None, seed: int) -> Path:
+    """Returns the folder of a cell's scores."""
+    return sweep.output_dir / "eval" / cell_path(method, lr, seed)
 
 
 def build_cells(sweep: Sweep, extra: Sequence[str] = ()) -> list[Cell]:
@@ -105,7 +112,7 @@ def _build_cell(
         lr=lr,
         seed=seed,
         folder=RunFolder(folder),
-        evaluation=sweep.output_dir / "eval" / cell_path(method, lr, seed),
+        evaluation=evaluation_path(sweep, method, lr, seed),
         arguments=(*layers.then(Layers(flags=own)).arguments(), *extra),
         config=dataclasses.replace(config, run=run),
     )
@@ -116,24 +123,35 @@ def train_command(sweep: Sweep, cell: Cell) -> list[str]:
     return [*_start(sweep, "train.py"), *cell.arguments]
 
 
-def evaluate_command(sweep: Sweep, cell: Cell) -> list[str]:
-    """Returns the command that scores a cell's best model; the sweep must have an evaluation."""
-    return [*_start(sweep, "evaluate.py"), *_evaluation(sweep, cell).arguments()]
+def evaluate_command(sweep: Sweep, cell: Cell, *, overwrite: bool = False) -> list[str]:
+    """Returns the command that scores a cell's best model; the sweep must have an evaluation.
+
+    Args:
+        sweep: With the evaluation's layers.
+        cell: Whose model is scored.
+        overwrite: From the first answer on, whatever is scored already.
+    """
+    layers = _evaluation(sweep, cell.method, cell.lr, cell.seed)
+    if overwrite:
+        layers = layers.then(Layers(flags={"overwrite": True}))
+    return [*_start(sweep, "evaluate.py"), *layers.arguments()]
 
 
-def evaluate_config(sweep: Sweep, cell: Cell) -> EvaluateConfig:
-    """Returns what that command resolves to.
+def evaluate_config(sweep: Sweep, method: str, lr: float | None, seed: int) -> EvaluateConfig:
+    """Returns what the command that scores a cell resolves to.
 
     Raises:
         ConfigError: A configuration that is not valid.
     """
-    return load_evaluate_config(_evaluation(sweep, cell).arguments())
+    return load_evaluate_config(_evaluation(sweep, method, lr, seed).arguments())
 
 
-def _evaluation(sweep: Sweep, cell: Cell) -> Layers:
+def _evaluation(sweep: Sweep, method: str, lr: float | None, seed: int) -> Layers:
     assert sweep.evaluation is not None
-    own = {"checkpoint": str(cell.folder.best), "output_dir": str(cell.evaluation)}
-    return sweep.evaluation.then(Layers(flags={**own, "name": cell.method}))
+    path = cell_path(method, lr, seed)
+    best = RunFolder(sweep.output_dir / path).best
+    own = {"checkpoint": str(best), "output_dir": str(evaluation_path(sweep, method, lr, seed))}
+    return sweep.evaluation.then(Layers(flags={**own, "name": method}))
 
 
 def _start(sweep: Sweep, script: str) -> list[str]:
@@ -152,24 +170,28 @@ def _start(sweep: Sweep, script: str) -> list[str]:
 # --- The budget ---------------------------------------------------------------------------------
 
 
-def unequal_options(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Any]]:
-    """Returns the options of the budget in which methods differ: option → method → value."""
-    flat = {method: course_of(config) for method, config in configs.items()}
+def unequal_options(configs: Mapping[Who, TrainConfig]) -> dict[str, dict[Who, Any]]:
+    """Returns the options of the budget in which configurations differ: option → whose → value.
+
+    Args:
+        configs: By method, or by training.
+    """
+    flat = {who: course_of(config) for who, config in configs.items()}
     keys = dict.fromkeys(key for options in flat.values() for key in options)
     values = {
-        key: {method: options.get(key) for method, options in flat.items()}
+        key: {who: options.get(key) for who, options in flat.items()}
         for key in keys
         if key.startswith(BUDGET)
     }
     differing = {
-        key: by_method
-        for key, by_method in values.items()
-        if len({repr(value) for value in by_method.values()}) > 1
+        key: by_who
+        for key, by_who in values.items()
+        if len({repr(value) for value in by_who.values()}) > 1
     }
     if any(key in differing for key in RECORDS) and STEPS not in differing:
-        passes: dict[str, Any] = {
-            method: f"{config.optim.epochs} epochs of its own records"
-            for method, config in configs.items()
+        passes: dict[Who, Any] = {
+            who: f"{config.optim.epochs} epochs of its own records"
+            for who, config in configs.items()
             if config.optim.max_steps is None
         }
         differing |= {STEPS: passes} if passes else {}
@@ -218,38 +240,3 @@ def unequal_budget(differing: Mapping[str, object]) -> ConfigError:
         fix=f"give them the same values, or say so in the sweep file: allow_unequal: [{keys}]",
         kept="nothing was started",
     )
-
-
-# --- What stands there already ------------------------------------------------------------------
-
-
-def check_stored(cells: Sequence[Cell]) -> None:
-    """Refuses to go on where trainings stand that are not those of this sweep.
-
-    A cell that has saved nothing yet is no loss: train.py starts it anew.
-
-    Raises:
-        ConfigError: Lists each of them, with the options that differ.
-    """
-    problems = []
-    for cell in cells:
-        if not is_finished(cell.folder) and newest_state(cell.folder) is None:
-            continue
-        try:
-            stored = course_of(load_config(["--config", str(cell.folder.config)]))
-        except ConfigError as error:
-            problems.append(f"{cell.folder.root}: {error.what}")
-            continue
-        wanted = course_of(cell.config)
-        keys = [
-            key for key in dict.fromkeys([*wanted, *stored]) if wanted.get(key) != stored.get(key)
-        ]
-        if keys:
-            told = ", ".join(f"{key} {stored.get(key)} → {wanted.get(key)}" for key in keys)
-            problems.append(f"{cell.folder.root}: {told}")
-    if problems:
-        raise ConfigError(
-            f"{len(problems)} of {len(cells)} cells hold another training: {'; '.join(problems)}",
-            fix="--output_dir DIR for another folder, or remove these and train them again",
-            kept="everything in them is untouched; nothing was started",
-        )

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from rich.console import Console
 
 from distilllens.errors import EXIT_OK, ConfigError
@@ -18,7 +17,6 @@ from distilllens.runtime.lock import locked
 from distilllens.sweep.cells import (
     Cell,
     build_cells,
-    check_stored,
     differences_table,
     evaluate_command,
     evaluate_config,
@@ -26,9 +24,11 @@ from distilllens.sweep.cells import (
     train_command,
     unequal_budget,
 )
-from distilllens.sweep.jobs import Job, Runner
-from distilllens.sweep.results import Choice, choose_runs, is_scored, read_results
+from distilllens.sweep.jobs import Job, Runner, visible_gpus
+from distilllens.sweep.results import Choice, choose_runs, read_results
+from distilllens.sweep.scores import check_scores, is_scored
 from distilllens.sweep.spec import Sweep, check_extra_flags, read_sweep
+from distilllens.sweep.stored import check_stored
 from distilllens.sweep.table import SweepTable
 
 
@@ -45,7 +45,7 @@ def run_sweep(arguments: argparse.Namespace, extra: Sequence[str]) -> int:
 
     Raises:
         ConfigError: Mistakes in the sweep file or in any configuration, methods with unequal
-            budgets, folders that hold other trainings: before anything starts.
+            budgets, folders that hold other trainings or scores: before anything starts.
         DataError: A folder holds what neither train.py nor evaluate.py writes.
         StorageError: The folder cannot be written.
     """
@@ -56,19 +56,22 @@ def run_sweep(arguments: argparse.Namespace, extra: Sequence[str]) -> int:
     if arguments.table_only:
         _write_table(sweep, choose_runs(sweep), console)
         return EXIT_OK
+    overwrite = arguments.overwrite_scores
     cells = _checked_cells(sweep, extra, console)
+    if sweep.evaluation is not None and not overwrite:
+        check_scores(sweep, cells)
     if arguments.dry_run:
-        _print_commands(sweep, cells)
+        _print_commands(sweep, cells, overwrite=overwrite)
         return EXIT_OK
     with locked(create_run_folder(str(sweep.output_dir)).root / "sweep.lock"):
-        return _run(sweep, cells, console, fail_fast=arguments.fail_fast)
+        return _run(sweep, cells, console, fail_fast=arguments.fail_fast, overwrite=overwrite)
 
 
 def _override(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
     """Puts the command line's values in place of the file's.
 
     Raises:
-        ConfigError: A number below 1, or more processes than this machine has GPUs.
+        ConfigError: A number below 1, or more processes at once than this machine has GPUs.
     """
     for name in ("output_dir", "processes", "parallel"):
         value = getattr(arguments, name)
@@ -76,15 +79,31 @@ def _override(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
             raise ConfigError(f"--{name} {value} must be ≥ 1")
         if value is not None:
             sweep = replace(sweep, **{name: value})
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < sweep.processes and not (arguments.dry_run or arguments.table_only):
+    if not (arguments.dry_run or arguments.table_only):
+        _check_gpus(sweep)
+    return sweep
+
+
+def _check_gpus(sweep: Sweep) -> None:
+    """Refuses more processes at once than there are GPUs, if there are any.
+
+    Raises:
+        ConfigError: Names the flags that fit.
+    """
+    gpus = len(visible_gpus())
+    if 0 < gpus < sweep.processes:
         times = sweep.processes / gpus
         raise ConfigError(
             f"{sweep.processes} processes for each training, but this machine has {gpus} GPUs",
             fix=f"--processes {gpus}, and {times:g} times the --optim.accumulation for the same "
             "records in a step",
         )
-    return sweep
+    if 0 < gpus < sweep.processes * sweep.parallel:
+        raise ConfigError(
+            f"{sweep.parallel} trainings at the same time × {sweep.processes} processes, but this "
+            f"machine has {gpus} GPUs",
+            fix=f"--parallel {gpus // sweep.processes}",
+        )
 
 
 def _checked_cells(sweep: Sweep, extra: Sequence[str], console: Console) -> list[Cell]:
@@ -95,7 +114,7 @@ def _checked_cells(sweep: Sweep, extra: Sequence[str], console: Console) -> list
     """
     cells = build_cells(sweep, extra)
     if sweep.evaluation is not None:
-        evaluate_config(sweep, cells[0])
+        evaluate_config(sweep, cells[0].method, cells[0].lr, cells[0].seed)
     if len(sweep.lr) > 1 and cells[0].config.eval.dev_size == 0:
         raise ConfigError(
             "a grid of learning rates needs a dev set to choose by", fix="eval.dev_size ≥ 1"
@@ -103,21 +122,23 @@ def _checked_cells(sweep: Sweep, extra: Sequence[str], console: Console) -> list
     if refused := refused_options(sweep, cells):
         console.print(differences_table(refused))
         raise unequal_budget(refused)
-    check_stored(cells)
+    check_stored(sweep, cells)
     return cells
 
 
-def _print_commands(sweep: Sweep, cells: Sequence[Cell]) -> None:
+def _print_commands(sweep: Sweep, cells: Sequence[Cell], *, overwrite: bool) -> None:
     for cell in cells:
         note = f"# {cell.label} is finished and skipped: " if is_finished(cell.folder) else ""
         print(note + shown_command(train_command(sweep, cell)))
     if sweep.evaluation is not None and len(sweep.lr) > 1:
         print("# of each method only the best learning rate is scored")
     for cell in cells if sweep.evaluation is not None else ():
-        print(shown_command(evaluate_command(sweep, cell)))
+        print(shown_command(evaluate_command(sweep, cell, overwrite=overwrite)))
 
 
-def _run(sweep: Sweep, cells: Sequence[Cell], console: Console, *, fail_fast: bool) -> int:
+def _run(
+    sweep: Sweep, cells: Sequence[Cell], console: Console, *, fail_fast: bool, overwrite: bool
+) -> int:
     runner = Runner(
         parallel=sweep.parallel, processes=sweep.processes, fail_fast=fail_fast, console=console
     )
@@ -132,7 +153,7 @@ def _run(sweep: Sweep, cells: Sequence[Cell], console: Console, *, fail_fast: bo
         runner.run([_train_job(sweep, cell) for cell in waiting])
         choices = choose_runs(sweep)
         if sweep.evaluation is not None and not runner.is_over:
-            runner.run(_evaluation_jobs(sweep, cells, choices))
+            runner.run(_evaluation_jobs(sweep, cells, choices, overwrite=overwrite))
         _write_table(sweep, choices, console)
     for failure in runner.failures:
         print(
@@ -156,17 +177,17 @@ def _train_job(sweep: Sweep, cell: Cell) -> Job:
 
 
 def _evaluation_jobs(
-    sweep: Sweep, cells: Sequence[Cell], choices: Mapping[str, Choice]
+    sweep: Sweep, cells: Sequence[Cell], choices: Mapping[str, Choice], *, overwrite: bool
 ) -> list[Job]:
     """Returns what is left to score of the finished trainings with the chosen learning rates."""
     by_place = {(cell.method, cell.lr, cell.seed): cell for cell in cells}
     jobs = []
     for method in sweep.methods:
         for cell in (by_place[method, run.lr, run.seed] for run in choices[method].runs):
-            if not is_scored(evaluate_config(sweep, cell)):
+            if not is_scored(evaluate_config(sweep, cell.method, cell.lr, cell.seed)):
                 job = Job(
                     label=f"{cell.label}: scoring",
-                    command=tuple(evaluate_command(sweep, cell)),
+                    command=tuple(evaluate_command(sweep, cell, overwrite=overwrite)),
                     screen=cell.evaluation.with_name(f"{cell.evaluation.name}.out"),
                 )
                 jobs.append(job)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from distilllens.config import clock
 from distilllens.errors import CODE_FILE, EXIT_INTERRUPTED, EXIT_TIME_LIMIT, StorageError
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT)
@@ -26,6 +28,8 @@ TAIL_BYTES = 4000
 
 OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which torchrun tells a process who it is."""
+GPUS = "CUDA_VISIBLE_DEVICES"
+"""Variable by which a process is told which GPUs it may see: numbers or names, by commas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class Failure:
 class _Running:
     job: Job
     process: subprocess.Popen[bytes]
+    slot: int
+    """Among the jobs at the same time; it has GPUs of its own."""
     start: float
     code_file: Path
     """Where it writes its own exit code, which torchrun would turn into 1."""
@@ -65,7 +71,8 @@ class Runner:
 
     Args:
         parallel: Jobs at the same time.
-        processes: Of each job, among which it shares its cores.
+        processes: Of each job, among which it shares its cores; each has a GPU of its own, if the
+            machine has any: ``parallel`` × ``processes`` of them.
         fail_fast: End at the first failure; jobs under way are asked to save.
         console: Gets a line at the start and end of each job.
     """
@@ -81,6 +88,8 @@ class Runner:
         wanted = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         # A sweep may itself stand in a process group, which is none of its children's.
         self._environment = wanted | {n: v for n, v in os.environ.items() if n not in OF_A_GROUP}
+        gpus = visible_gpus()
+        self._gpus = [gpus[slot * processes : (slot + 1) * processes] for slot in range(parallel)]
         self._unsent: list[int] = []
         self._running: list[_Running] = []
 
@@ -137,6 +146,8 @@ class Runner:
 
     def _start(self, job: Job, position: str) -> None:
         code_file = job.screen.with_suffix(".code")
+        slot = min(set(range(self.parallel)) - {run.slot for run in self._running})
+        own = {GPUS: ",".join(self._gpus[slot])} if self._gpus[slot] else {}
         try:
             job.screen.parent.mkdir(parents=True, exist_ok=True)
             code_file.unlink(missing_ok=True)
@@ -147,14 +158,14 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=screen,
                     stderr=subprocess.STDOUT,
-                    env=self._environment | {CODE_FILE: str(code_file.resolve())},
+                    env=self._environment | own | {CODE_FILE: str(code_file.resolve())},
                     process_group=0,
                 )
         except OSError as error:
             raise StorageError(
                 f"{job.label} cannot start", why=str(error), fix="choose another --output_dir"
             ) from None
-        self._running.append(_Running(job, process, time.monotonic(), code_file))
+        self._running.append(_Running(job, process, slot, time.monotonic(), code_file))
         self._say(f"[{position}] {job.label}: started")
 
     def _end(self, run: _Running, *, eta: float | None) -> None:
@@ -211,10 +222,11 @@ class Runner:
         return Text("\n".join(lines), style="dim", no_wrap=True, overflow="ellipsis")
 
 
-def clock(seconds: float) -> str:
-    """Returns hours, minutes and seconds."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+def visible_gpus() -> list[str]:
+    """Returns what `GPUS` calls the GPUs that this process sees; none on a machine without any."""
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get(GPUS, "").split(",") if name.strip()]
+    return (named or [str(number) for number in range(count)])[:count]
 
 
 def _tail(path: Path) -> list[str]:

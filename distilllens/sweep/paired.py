@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distilllens.report.tables import Summary
+from distilllens.report.scores.table import Summary
 from distilllens.statistics import paired_values, t_interval
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from distilllens.config import EvaluateConfig
-from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
-from distilllens.evaluation.cells.results import read_result
 from distilllens.report.runs.record import RunRecord, read_runs
-from distilllens.report.scores.load import Score, collect_scores
+from distilllens.report.scores.load import Score, list_some
 from distilllens.runs import RunFolder, is_finished
-from distilllens.sweep.cells import cell_path
+from distilllens.sweep.cells import cell_path, evaluate_config
+from distilllens.sweep.scores import read_scores
 from distilllens.sweep.spec import Sweep
+
+Place = tuple[str, int]
+"""Method and training seed."""
+Found = tuple[list[Score], str]
+"""Scores, one for each set and sampling seed, and a remark; one of the two is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +94,54 @@ def read_results(sweep: Sweep, choices: Mapping[str, Choice]) -> list[MethodResu
     """Reads what the sweep's folders say of all methods.
 
     Raises:
-        ConfigError, DataError: A folder holds what evaluate.py does not write.
+        ConfigError, DataError: A folder holds what evaluate.py does not write, or the evaluation's
+            layers are not valid.
     """
-    return [_read_method(sweep, method, choices[method]) for method in sweep.methods]
+    found = {
+        (method, run.seed): read_scores(evaluate_config(sweep, method, run.lr, run.seed))
+        for method in sweep.methods
+        for run in (choices[method].runs if sweep.evaluation is not None else ())
+    }
+    found = _on_same_records(found, baseline=sweep.baseline)
+    return [
+        _read_method(
+            sweep,
+            method,
+            choices[method],
+            {seed: scores for (owner, seed), scores in found.items() if owner == method},
+        )
+        for method in sweep.methods
+    ]
 
 
-def _read_method(sweep: Sweep, method: str, choice: Choice) -> MethodResult:
+def _on_same_records(found: Mapping[Place, Found], *, baseline: str) -> dict[Place, Found]:
+    """Leaves out the scores on other records than the baseline's, or than the first that are."""
+    records: dict[str, str | None] = {}
+    for place in sorted(found, key=lambda place: place[0] != baseline):
+        for score in found[place][0]:
+            records.setdefault(score.test_set, score.records)
+    checked = {}
+    for place, (scores, note) in found.items():
+        others = [score for score in scores if score.records != records[score.test_set]]
+        if others:
+            sets = list_some(dict.fromkeys(score.test_set for score in others))
+            folder = others[0].file.parents[2]
+            note = f"scored on other records of {sets} than the others; remove {folder}"
+        checked[place] = ([] if others else scores), note
+    return checked
+
+
+def _read_method(
+    sweep: Sweep, method: str, choice: Choice, found: Mapping[int, Found]
+) -> MethodResult:
     runs, notes = choice.runs, list(choice.notes)
     evaluated: list[Score] = []
     scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs if sweep.evaluation is not None else ():
-        found, note = read_scores(sweep, method, run)
-        notes += [note] if note else []
-        evaluated += found
-        for score in found:
-            scores[score.test_set][run.seed].append(score.metrics["rougeL"])
+    for seed, (counted, note) in found.items():
+        notes += [f"{method} seed {seed}: {note}"] if note else []
+        evaluated += counted
+        for score in counted:
+            scores[score.test_set][seed].append(score.metrics["rougeL"])
     missing = [str(seed) for seed in sweep.seeds if seed not in {run.seed for run in runs}]
     if missing:
         notes.append(f"{method}: seeds without a finished training: {', '.join(missing)}")
@@ -123,8 +157,8 @@ def _read_method(sweep: Sweep, method: str, choice: Choice) -> MethodResult:
 def choose_runs(sweep: Sweep) -> dict[str, Choice]:
     """Returns each method's finished trainings, of a grid those with its best learning rate.
 
-    Of a grid only learning rates with all seeds finished can be chosen, by the mean of the best dev
-    metrics over the seeds: the test sets have no say.
+    Of several learning rates only those with all seeds finished can be chosen, by the mean of the
+    best dev metrics over the seeds: the test sets have no say.
 
     Raises:
         ConfigError, DataError: A folder holds what train.py does not write.
@@ -133,8 +167,9 @@ def choose_runs(sweep: Sweep) -> dict[str, Choice]:
 
 
 def _choose(sweep: Sweep, method: str) -> Choice:
-    if not sweep.lr:
-        return Choice(runs=tuple(_finished_runs(sweep, method, None)))
+    if len(sweep.lr) < 2:  # nothing to choose
+        rate = sweep.lr[0] if sweep.lr else None
+        return Choice(runs=tuple(_finished_runs(sweep, method, rate)))
     by_lr = {lr: _finished_runs(sweep, method, lr) for lr in sweep.lr}
     metrics = {
         lr: [run.best_metric for run in runs if run.best_metric is not None]
@@ -164,44 +199,3 @@ def _finished_runs(sweep: Sweep, method: str, lr: float | None) -> list[TrainedR
         TrainedRun(seed=seed, lr=lr, record=record)
         for seed, record in zip(finished, records, strict=True)
     ]
-
-
-def read_scores(sweep: Sweep, method: str, run: TrainedRun) -> tuple[list[Score], str]:
-    """Returns the scores of a training, one for each set and sampling seed; and a remark.
-
-    Nothing is returned of an evaluation that is not complete, or of other weights: a mean over
-    fewer sampling seeds or of another model would pass for the same.
-    """
-    path = cell_path(method, run.lr, run.seed)
-    folder, label = sweep.output_dir / "eval" / path, f"{method} seed {run.seed}"
-    found = collect_scores([folder]) if folder.is_dir() else []
-    if not found:
-        return [], f"{label}: not scored"
-    results = [read_result(score.file) for score in found]
-    sets = {name for result in results for name in result["config"]["sets"]}
-    seeds = {seed for result in results for seed in result["config"]["eval"]["seeds"]}
-    if len(found) < len(sets) * len(seeds):
-        return [], f"{label}: scored in part only ({len(found)} of {len(sets) * len(seeds)})"
-    best = sweep.output_dir / path / "best"
-    weights = {result["identity"]["weights and tokenizer"] for result in results}
-    if best.is_dir() and weights != {checkpoint_fingerprint(str(best))}:
-        return [], f"{label}: {folder} holds scores of other weights than {best}"
-    return found, ""
-
-
-def is_scored(config: EvaluateConfig) -> bool:
-    """Whether what evaluate.py would do is all done: the same settings, the weights of now."""
-    folders = [
-        Path(config.output_dir) / f"seed{seed}" / name
-        for name in config.sets
-        for seed in config.eval.seeds
-    ]
-    files = [folder / "results.json" for folder in folders]
-    if not all(file.is_file() for file in files):
-        return False
-    weights, wanted = checkpoint_fingerprint(config.checkpoint), dataclasses.asdict(config)
-    results = map(read_result, files)
-    return all(
-        result["config"] == wanted and result["identity"]["weights and tokenizer"] == weights
-        for result in results
-    )

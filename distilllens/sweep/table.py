@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from distilllens.errors import StorageError
 from distilllens.report.comparison.methods import MetricComparison, compare_methods
@@ -16,22 +16,14 @@ from distilllens.report.comparison.tables import comparisons_csv, comparisons_ma
 from distilllens.report.plots import score_panel
 from distilllens.report.scores.load import Method, sort_sets
 from distilllens.report.scores.metrics import ALWAYS
+from distilllens.report.scores.table import Row, ScoreTable, Summary, to_csv
 from distilllens.report.style import LIGHT, figure_png
-from distilllens.report.tables import (
-    MISSING,
-    Marks,
-    Row,
-    ScoreTable,
-    Summary,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from distilllens.report.tables import MISSING, Marks, to_latex, to_markdown
 from distilllens.statistics import LEVEL
-from distilllens.sweep.cells import STEPS, unequal_options
 from distilllens.sweep.paired import PairedDifference, paired_difference
 from distilllens.sweep.results import MethodResult, TrainedRun
 from distilllens.sweep.spec import Sweep
+from distilllens.sweep.stored import unequal_budgets
 
 UNIT = "training seeds"
 DEV_TITLES = {"rougeL": "dev Rouge-L", "loss": "dev loss"}
@@ -41,6 +33,7 @@ DEV_TITLES = {"rougeL": "dev Rouge-L", "loss": "dev loss"}
 class SweepTable:
     """A row per method; written by the report's writers."""
 
+    text_columns: ClassVar[tuple[int, ...]] = (0,)
     sweep: Sweep
     results: Sequence[MethodResult]
 
@@ -112,29 +105,27 @@ class SweepTable:
         )
 
     @cached_property
-    def unequal(self) -> dict[str, dict[str, Any]]:
-        """Options of the budget in which the finished trainings differ: option → method → value."""
-        configs = {
-            result.name: result.runs[0].record.config for result in self.results if result.runs
+    def unequal(self) -> dict[str, dict[str, tuple[Any, ...]]]:
+        """What differs in the budgets of the finished trainings: option or fact → method → values.
+
+        One value for each method, several where its own trainings differ.
+        """
+        records = {
+            (result.name, run.seed): run.record for result in self.results for run in result.runs
         }
-        keys = unequal_options(configs)
-        steps = {
-            r.name: max(run.record.num_steps for run in r.runs) for r in self.results if r.runs
-        }
-        if STEPS in keys:  # what was done tells more than what was configured
-            keys[STEPS] = {method: steps[method] for method in keys[STEPS]}
-        return {
-            key: values
-            for key, values in keys.items()
-            if len(set(map(repr, values.values()))) > 1 and (key != "optim.lr" or not self.sweep.lr)
-        }
+        found = unequal_budgets(records)
+        if self.sweep.lr:
+            found.pop("optim.lr", None)
+        return {key: _by_method(values) for key, values in found.items()}
 
     def is_unequal(self, method: str) -> bool:
-        """Whether a method's budget is not the baseline's."""
-        return any(
-            method in values and values[method] != values.get(self.sweep.baseline)
-            for values in self.unequal.values()
-        )
+        """Whether a method's budget is not the baseline's, or not one."""
+        return any(self._is_apart(method, values) for values in self.unequal.values())
+
+    def _is_apart(self, method: str, values: Mapping[str, tuple[Any, ...]]) -> bool:
+        """Nobody is apart from a baseline that has no value yet, or none of this kind."""
+        own, common = values.get(method, ()), values.get(self.sweep.baseline)
+        return len(own) > 1 or (bool(own) and common is not None and own != common)
 
     # --- Texts ---
 
@@ -228,14 +219,20 @@ class SweepTable:
         lines = [
             f"{steps} optimizer steps on {_join(run.record.config.data.path for run in runs)}."
         ]
-        for key, values in self.unequal.items():
-            common = values.get(self.sweep.baseline)
-            told = [f"{method} {value}" for method, value in values.items() if value != common]
-            lines.append(f"† not an equal budget: {key} {common}, but {', '.join(told)}.")
+        lines += [self._unequal_line(key, values) for key, values in self.unequal.items()]
         if not self.unequal:
             chosen = ", but for the chosen learning rates" if len(self.sweep.lr) > 1 else ""
             lines[0] += f" All options of data, optim and eval are equal{chosen}."
         return lines
+
+    def _unequal_line(self, key: str, values: Mapping[str, tuple[Any, ...]]) -> str:
+        told = {method: " or ".join(map(str, own)) for method, own in values.items()}
+        common = told.pop(self.sweep.baseline, None)
+        others = ", ".join(f"{method} {own}" for method, own in told.items() if own != common)
+        mark = "† " if any(self._is_apart(method, values) for method in values) else ""
+        if common is None:
+            return f"{mark}not an equal budget: {key} {others}."
+        return f"{mark}not an equal budget: {key} {common}{f', but {others}' if others else ''}."
 
     # --- Files ---
 
@@ -275,7 +272,10 @@ class SweepTable:
             "sweep": self.sweep.name,
             "metric": self.scores.metric,
             "baseline": self.sweep.baseline,
-            "unequal": self.unequal,
+            "unequal": {
+                key: {m: own[0] if len(own) == 1 else list(own) for m, own in values.items()}
+                for key, values in self.unequal.items()
+            },
             "notes": self.notes(),
             "methods": {result.name: self._record(result) for result in self.results},
         }
@@ -347,6 +347,14 @@ def _run_figures(run: TrainedRun) -> dict[str, float | None]:
         "minutes": run.minutes,
         "tokens_per_s": run.tokens_per_s,
     }
+
+
+def _by_method(values: Mapping[tuple[str, int], Any]) -> dict[str, tuple[Any, ...]]:
+    """Returns each method's values, each once, in the order of its trainings."""
+    distinct: dict[str, dict[str, Any]] = {}
+    for (method, _), value in values.items():
+        distinct.setdefault(method, {})[repr(value)] = value
+    return {method: tuple(own.values()) for method, own in distinct.items()}
 
 
 def _by_seed(result: MethodResult, figure: str) -> dict[int, float]:

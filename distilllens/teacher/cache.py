@@ -133,8 +133,8 @@ def cache_key(
     assert model.teacher is not None
     known = known_files or {}
     files: dict[str, Any] = {}
-    if Path(model.teacher).expanduser().is_dir():
-        files["teacher"] = _digests(Path(model.teacher).expanduser(), known.get("teacher", {}))
+    if Path(model.teacher).is_dir():
+        files["teacher"] = _digests(Path(model.teacher), known.get("teacher", {}))
         teacher = _joint_digest(files["teacher"])
     else:  # a hub's commit names its files as surely as their digests
         commit = getattr(teacher_config, "_commit_hash", None)
@@ -143,7 +143,7 @@ def cache_key(
         teacher = f"{model.teacher}@{commit}"
     adapter = None
     if model.teacher_lora is not None:
-        lora_folder = Path(model.teacher_lora).expanduser()
+        lora_folder = Path(model.teacher_lora)
         files["teacher_lora"] = _digests(lora_folder, known.get("teacher_lora", {}))
         adapter = _joint_digest(files["teacher_lora"])
     key = {

@@ -66,6 +66,13 @@ def divide_body(model: nn.Module, device: torch.device, *, dtype: torch.dtype, o
     return engine
 
 
+def divided_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that `divide_body` divides; all others stay whole on each device."""
+    parts = find_parts(model)
+    with _set_aside(parts):
+        return list(parts.body.parameters())
+
+
 @contextmanager
 def _set_aside(parts: ModelParts) -> Iterator[None]:
     """Takes out of the body the modules whose parameters stay whole, for a while."""

@@ -37,9 +37,11 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        start = "" if path.is_absolute() else "; paths start at the project's root: call from there"
         raise ConfigError(
             f"deepspeed={path}: {(error.strerror or str(error)).lower()}",
-            fix="see configs/deepspeed/ for what there is",
+            why="" if path.is_absolute() else f"it was looked for in {Path.cwd()}",
+            fix=f"see configs/deepspeed/ for what there is{start}",
         ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed={path}: not JSON", why=str(error)) from None
@@ -68,7 +70,8 @@ def load_deepspeed_config(config: TrainConfig) -> tuple[dict[str, Any], torch.dt
     content |= {
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": optim.accumulation,
-        "gradient_clipping": optim.clip_grad,
+        # Without ZeRO the trainer clips: DeepSpeed would throw the gradient's norm away.
+        "gradient_clipping": optim.clip_grad if stage > 0 else 0.0,
         "steps_per_print": 10**9,
         # With states on the CPU too it shall take our optimizer: its own one is compiled at the
         # start, and cannot refuse an update as `numerics_guard` asks.
@@ -108,8 +111,15 @@ def _precision(content: dict[str, Any], path: Path, stage: int) -> str:
 def _check_offload(content: dict[str, Any], path: Path, stage: int) -> None:
     """Refuses offload that DeepSpeed would not do, or not with this optimizer."""
     for name, least in OFFLOAD_STAGES.items():
-        offload = content.get("zero_optimization", {}).get(name) or {}
-        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        offload = content.get("zero_optimization", {}).get(name)
+        if offload is None:
+            continue
+        if not isinstance(offload, dict):
+            raise ConfigError(
+                f"deepspeed={path}: {name} must be an object, got {offload!r:.60}",
+                fix=f'"{name}": {{"device": "cpu"}}, or leave it out',
+            )
+        device = offload.get("device", "none")
         if device not in ("none", "cpu"):
             raise ConfigError(
                 f"deepspeed={path}: {name}.device must be none or cpu, got {device!r:.60}"

@@ -42,6 +42,7 @@ class BatchShape:
     """A micro-batch as far as memory goes."""
 
     records: int
+    """Rows of tokens: each a record, or several if they are packed."""
     length: int
     """Tokens that all are padded to."""
     rows: int
@@ -129,7 +130,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
+        *batch, heads, tokens, _ = query.shape
+        # Laid out as the kernels do, so that joining the heads copies nothing.
+        output = query.new_empty(*batch, tokens, heads, value.shape[-1]).transpose(-3, -2)
         sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=META)
         ctx.save_for_backward(query, key, value, output, sums)
         return output
@@ -146,8 +149,10 @@ def _kernels_of(device: torch.device) -> Iterator[None]:
     on_gpu = device.type == "cuda"
 
     def fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
-        # A CPU's kernel knows no dropout: with it, the scores are formed (GPT-2: 0.1).
-        if more.get("dropout_p") and not on_gpu:
+        # A CPU's kernel knows no dropout (GPT-2: 0.1) and no values of another width than the keys
+        # (MiniCPM3): with them, the scores are formed.
+        same = query.shape[-1] == value.shape[-1]
+        if not on_gpu and (more.get("dropout_p") or not same):
             return attention(query, key, value, *args, **more)
         return _Attention.apply(query, key, value)
 

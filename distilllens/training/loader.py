@@ -59,6 +59,8 @@ class StepBatches:
     """Their places in the training table."""
     num_tokens: int
     """Response tokens of the global batch: of all processes and micro-batches."""
+    num_input_tokens: int
+    """Its prompt and response tokens; padding is not counted."""
 
 
 class StepLoader:
@@ -114,6 +116,7 @@ class StepLoader:
             micro_batches=micro_batches,
             records=own,
             num_tokens=int(self.num_rows[global_batch].sum()),
+            num_input_tokens=int(self.lengths[global_batch].sum()),
         )
 
     def _load_micro_batch(self, records: Sequence[int]) -> MicroBatch:

@@ -19,7 +19,9 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig
 
+from distilllens.data.collate import lay_out
 from distilllens.families import find_parts
+from distilllens.teacher.sharding import divided_parameters
 from distilllens.training.dry_step import (
     HEAP_BLOCK,
     BatchShape,
@@ -29,6 +31,7 @@ from distilllens.training.dry_step import (
     count_student,
     count_teacher,
 )
+from distilllens.training.loader import packed_row_tokens
 from distilllens.training.setup import Plan
 
 GIGA = 1e9
@@ -47,7 +50,9 @@ so many times its content. Measured; MALLOC_MMAP_THRESHOLD_ in the environment s
 MALLOC_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 BUCKET_ELEMENTS = 500_000_000
 SUB_GROUP_ELEMENTS = LIVE_ELEMENTS = 1_000_000_000
-"""DeepSpeed's defaults of reduce_bucket_size, sub_group_size and stage3_max_live_parameters."""
+PREFETCH_ELEMENTS = 50_000_000
+"""DeepSpeed's defaults of reduce_bucket_size; sub_group_size and stage3_max_live_parameters;
+stage3_prefetch_bucket_size."""
 QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Per weight of a block; 4 bits come with a float32 scale for every 64."""
 KEPT_FREE = "freed, kept by malloc"
@@ -63,11 +68,15 @@ class RunCounts:
     trained: int
     trained_small: int
     """Elements of trained tensors that glibc's malloc puts into its heap as float32."""
+    largest: int
+    """Elements of the largest parameter."""
     step: StepBytes
     teacher_weights: float = 0
-    """Bytes that are whole on each device; 0, as the next three, without a teacher."""
-    teacher_blocks: float = 0
-    """Bytes of its blocks, which ``model.teacher_placement`` may divide."""
+    """Bytes that are whole on each device; 0, as the next four, without a teacher."""
+    teacher_body: float = 0
+    """Bytes of what ``model.teacher_placement`` may divide; of a quantised teacher's blocks."""
+    teacher_largest: float = 0
+    """Bytes of the largest parameter in it."""
     teacher_forward: int = 0
     teacher_rows: int = 0
 
@@ -99,9 +108,8 @@ def longest_batch(plan: Plan, lengths: Sequence[int] = (), rows: Sequence[int] =
     size, longest = plan.config.optim.micro_batch_size, plan.config.data.max_length
     if not lengths:
         return BatchShape(records=size, length=longest, rows=size * longest)
-    most = sorted(rows, reverse=True)[:size]
-    length = longest if plan.config.data.packing else max(lengths)
-    return BatchShape(records=size, length=length, rows=sum(most))
+    _, records, length = lay_out(sorted(lengths)[-size:], packed_row_tokens(plan.config))
+    return BatchShape(records=records, length=length, rows=sum(sorted(rows)[-size:]))
 
 
 def count_run(plan: Plan, batch: BatchShape, device: torch.device) -> RunCounts:
@@ -115,10 +123,12 @@ def count_run(plan: Plan, batch: BatchShape, device: torch.device) -> RunCounts:
     student = build_student_shape(plan)
     projectors = _projectors(plan)
     trained = [p.numel() for p in student.parameters() if p.requires_grad] + projectors
+    weights = [p.numel() for p in student.parameters()] + projectors
     counts = RunCounts(
-        parameters=sum(p.numel() for p in student.parameters()) + sum(projectors),
+        parameters=sum(weights),
         trained=sum(trained),
         trained_small=sum(n for n in trained if n * MASTER_BYTES < HEAP_BLOCK),
+        largest=max(weights),
         step=count_student(plan, student, batch, device),
     )
     if plan.teacher_config is None:
@@ -129,12 +139,14 @@ def count_run(plan: Plan, batch: BatchShape, device: torch.device) -> RunCounts:
         head = text.vocab_size * text.hidden_size * size
         return dataclasses.replace(counts, teacher_weights=head, teacher_rows=rows)
     teacher = build_shape(plan.teacher_config, torch.float32, "auto")
-    in_blocks = sum(p.numel() for p in find_parts(teacher).blocks.parameters())
-    quantised = QUANTISED_BYTES.get(plan.config.model.teacher_quantization, size)
+    bits = plan.config.model.teacher_quantization
+    blocks = find_parts(teacher).blocks.parameters()
+    body = [p.numel() for p in (divided_parameters(teacher) if bits == "none" else blocks)]
     return dataclasses.replace(
         counts,
-        teacher_weights=(sum(p.numel() for p in teacher.parameters()) - in_blocks) * size,
-        teacher_blocks=in_blocks * quantised,
+        teacher_weights=(sum(p.numel() for p in teacher.parameters()) - sum(body)) * size,
+        teacher_body=sum(body) * QUANTISED_BYTES.get(bits, size),
+        teacher_largest=max(body) * size,
         teacher_forward=count_teacher(plan, batch, device),
         teacher_rows=rows,
     )
@@ -174,7 +186,7 @@ def estimate_memory(
     counts = counts or count_run(plan, batch or longest_batch(plan), device)
     zero = _Zero(plan, counts, world_size, on_gpu=device.type == "cuda")
     always, moments = zero.static(), zero.moments()
-    name = max(moments, key=lambda moment: sum(moments[moment].values()))
+    name = max(moments, key=lambda moment: sum((always | moments[moment]).values()))
     needed = always | moments[name]
     host = zero.host()
     if not zero.on_gpu:  # what is offloaded stays in the same memory
@@ -220,16 +232,16 @@ class _Zero:
             "runtime": RUNTIME_GPU if self.on_gpu else RUNTIME_CPU,
             "student weights": 0 if self.weights_away else weights,
             "optimizer": 0 if self.optimizer_away else self._optimizer(),
-            f"teacher {teacher}": self.counts.teacher_weights + self._teacher_blocks("device"),
+            f"teacher {teacher}": self.counts.teacher_weights + self._teacher_body("device"),
         }
 
-    def _teacher_blocks(self, place: Literal["device", "cpu"]) -> float:
-        """Bytes of the teacher's blocks that this process keeps on its device, or beside it."""
+    def _teacher_body(self, place: Literal["device", "cpu"]) -> float:
+        """Bytes of the teacher's body that this process keeps on its device, or beside it."""
         placement = self.plan.config.model.teacher_placement
         if (placement == "cpu") != (place == "cpu"):
             return 0
         divided = 1 if placement == "device" else self.world_size
-        return self.counts.teacher_blocks / divided
+        return self.counts.teacher_body / divided
 
     def _optimizer(self) -> float:
         masters = MASTER_BYTES if self.stage > 0 else 0  # also where the weights are float32
@@ -241,11 +253,38 @@ class _Zero:
         held, rows = self._always_held(), {"teacher rows": counts.teacher_rows}
         holes, freed = self._malloc()
         return {
-            "teacher's forward pass": held | {"teacher activations": counts.teacher_forward},
+            "loading": self._loading(),
+            "teacher's forward pass": held | self._teacher_forward(),
             "loss": held | {"activations": step.kept, "loss": step.loss} | rows | holes,
             "backward pass": self._backward() | rows | holes,
             "gradients' end": self._gradients_end() | freed,
             "update": self._update() | freed,
+        }
+
+    def _loading(self) -> Parts:
+        """Stage 3 divides one weight after the other, before there is an optimizer.
+
+        It begins with all of them where they are mapped files, which go together (a CPU), and where
+        the first process measures the layer pairs with them.
+        """
+        if self.stage < 3:
+            return {}
+        counts = self.counts
+        parts = {"optimizer": 0.0, "weights to divide": counts.largest * self.size}
+        if self.plan.pairs_are_open:
+            parts["student weights"] = counts.parameters * self.size
+        elif not self.on_gpu:
+            parts["weights to divide"] = counts.parameters * self.size
+        return parts
+
+    def _teacher_forward(self) -> Parts:
+        """What a teacher in parts gathers: a weight in use, and those of the next ones."""
+        placement = self.plan.config.model.teacher_placement
+        gathers = placement == "cpu" or (placement == "sharded" and not self.is_alone)
+        ahead = PREFETCH_ELEMENTS * self.plan.teacher_dtype.itemsize
+        return {
+            "teacher activations": self.counts.teacher_forward,
+            "gathered teacher": self.counts.teacher_largest + ahead if gathers else 0,
         }
 
     def _malloc(self) -> tuple[Parts, Parts]:
@@ -333,12 +372,14 @@ class _Zero:
             parts["gradients"] = self.own * (MASTER_BYTES + self.size)
         if self.weights_away:
             parts["student weights"] = self.counts.parameters * self.size / self.share
-        if beside := self._teacher_blocks("cpu"):
+        if beside := self._teacher_body("cpu"):
             parts["teacher weights"] = beside
         if not self.on_gpu:
             return parts
-        teacher = self.counts.teacher_weights + self.counts.teacher_blocks
-        loading = max(self.counts.parameters * self.size, teacher)
+        # Whole, while shares of it are made; the teacher comes first.
+        teacher = self.counts.teacher_weights + self.counts.teacher_body
+        student = self.counts.parameters * self.size + parts.get("student weights", 0)
+        loading = max(student, teacher) + beside
         parts["weights while they are loaded"] = max(0, loading - sum(parts.values()))
         return {"runtime": RUNTIME_HOST} | parts
 
@@ -359,9 +400,6 @@ def estimate_state_bytes(plan: Plan) -> tuple[int, int]:
 def count_parameters(config: PretrainedConfig) -> int:
     """Returns the number of parameters of a model, without allocating it."""
     return sum(p.numel() for p in build_shape(config, torch.float32, "auto").parameters())
-
-
-# --- For the screen ----------------------------------------------------------------------------
 
 
 def at_stage(plan: Plan, stage: int) -> Plan:

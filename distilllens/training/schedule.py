@@ -1,4 +1,4 @@
-"""The courses of the learning rate and of the lens's weight, as pure functions of the step."""
+"""The courses of the learning rate and of the lens's weights, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -33,15 +33,33 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     return optim.lr_min + (optim.lr - optim.lr_min) * remaining
 
 
-def lens_share(lens: LensConfig, step: int, total_steps: int) -> float:
-    """Returns λ of optimizer step ``step``, counted from 0, as a share of ``lens.coeff``.
+def lens_shares(lens: LensConfig, num_pairs: int, step: int, total_steps: int) -> list[float]:
+    """Returns each pair's λ at optimizer step ``step``, counted from 0, as a share of its full one.
 
     With R = ``lens.schedule_share`` of all steps, rounded, at least 1: ``ramp`` is
-    min(1, step / R), so 0 at the first step and 1 from step R on. ``decay`` is the same read
-    backwards, min(1, (total_steps − 1 − step) / R): 1 until R steps before the last, which has 0.
+    min(1, step / R) for all pairs, so 0 at the first step and 1 from step R on. ``decay`` is the
+    same read backwards, min(1, (total_steps − 1 − step) / R): 1 until R steps before the last,
+    which has 0.
+
+    ``deepest_first`` and ``shallowest_first`` let the K pairs join one after another: the one
+    whose turn is j (from 0) rises in a line from 0 at step j · R / K to 1 at step (j + 1) · R / K.
+    The mean of the shares is that of ``ramp``.
+
+    Args:
+        lens: The schedule.
+        num_pairs: K.
+        step: From 0.
+        total_steps: Of the run.
+
+    Returns:
+        K numbers in [0, 1], in the order of the pairs: shallow to deep.
     """
     if lens.schedule == "constant":
-        return 1.0
+        return [1.0] * num_pairs
     steps = max(1, round(lens.schedule_share * total_steps))
-    passed = step if lens.schedule == "ramp" else total_steps - 1 - step
-    return min(1.0, passed / steps)
+    passed = total_steps - 1 - step if lens.schedule == "decay" else step
+    if lens.schedule in ("ramp", "decay"):
+        return [min(1.0, passed / steps)] * num_pairs
+    joined = num_pairs * passed / steps  # pairs so far; a part of one is under way
+    shares = [min(1.0, max(0.0, joined - turn)) for turn in range(num_pairs)]
+    return shares if lens.schedule == "shallowest_first" else shares[::-1]

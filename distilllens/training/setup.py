@@ -86,27 +86,27 @@ def plan_run(config: TrainConfig) -> Plan:
     """
     trust, revision = config.model.trust_remote_code, config.model.revision
 
-    def model_config(path: str) -> PretrainedConfig:
-        return load_model_config(path, trust_remote_code=trust, revision=revision)
+    def model_config(path: str, option: str) -> PretrainedConfig:
+        return load_model_config(path, trust_remote_code=trust, revision=revision, option=option)
 
-    def model_tokenizer(path: str) -> PreTrainedTokenizerBase:
-        return load_tokenizer(path, trust_remote_code=trust, revision=revision)
+    def model_tokenizer(path: str, option: str) -> PreTrainedTokenizerBase:
+        return load_tokenizer(path, trust_remote_code=trust, revision=revision, option=option)
 
     deepspeed_config, dtype = load_deepspeed_config(config)
-    student_config = model_config(config.model.student)
+    student_config = model_config(config.model.student, "--model.student")
     _check_dev_metric(config, deepspeed_config)
     outline = DistillationObjective(config.objective)  # without pairs, which need the teacher
     teacher_config, pairs, notes = None, [], []
     vocab_size = vocab_rows(student_config)
     if outline.needs_teacher:
         assert config.model.teacher is not None
-        teacher_config = model_config(config.model.teacher)
+        teacher_config = model_config(config.model.teacher, "--model.teacher")
         if outline.needs_pairs:
             pairs = _layer_pairs(config, teacher_config, student_config)
-    tokenizer = model_tokenizer(config.model.student)
+    tokenizer = model_tokenizer(config.model.student, "--model.student")
     if teacher_config is not None:
         assert config.model.teacher is not None
-        check_same_tokens(model_tokenizer(config.model.teacher), tokenizer)
+        check_same_tokens(model_tokenizer(config.model.teacher, "--model.teacher"), tokenizer)
         vocab_size, note = shared_vocab_size(vocab_rows(teacher_config), vocab_size, len(tokenizer))
         notes += [note] if note else []
         notes += _teacher_notes(config.model)
@@ -306,7 +306,8 @@ def run_teacher(plan: Plan, data: PreparedData, device: torch.device) -> Teacher
         model.to(device)
     else:
         engine = divide_body(model, device, dtype=plan.teacher_dtype, on_cpu=placement == "cpu")
-    lens = _checked_lens(model, plan, data)
+    lens = LogitLens(model, plan.config.objective.lens.norm)
+    prove_lens(lens, plan, data, device)
     return Teacher(lens, [pair.teacher for pair in plan.objective.pairs], engine)
 
 
@@ -314,6 +315,10 @@ def build_module(
     plan: Plan, data: PreparedData, device: torch.device, teacher_unembedding: Unembedding | None
 ) -> DistillationModule:
     """Loads the student, proves its lens, and joins student, objective and projectors.
+
+    In ZeRO stage 3 the student may be larger than the device: it stays on the CPU until
+    `divide_weights`, and its lens is to be proved after that. (The device that measures layer pairs
+    takes it whole.)
 
     Args:
         plan: Of the run.
@@ -324,8 +329,12 @@ def build_module(
     Raises:
         ConfigError: Weights cannot be loaded, or the lens does not give the model's own logits.
     """
-    student = load_student(plan.config.model, dtype=plan.dtype).to(device)
-    lens = _checked_lens(student, plan, data)
+    student = load_student(plan.config.model, dtype=plan.dtype)
+    if plan.zero_stage < 3 or plan.pairs_are_open:
+        student.to(device)
+    lens = LogitLens(student, plan.config.objective.lens.norm)
+    if plan.zero_stage < 3:
+        prove_lens(lens, plan, data, device)
     freeze_unreached_(student, lens.parts)
     hidden = None
     if plan.objective.hidden_pairs:
@@ -336,7 +345,7 @@ def build_module(
             teacher_unembedding.head_VD.shape[1],
             loss=plan.objective.hidden_loss,
             seed=plan.config.run.seed,
-        ).to(device, plan.dtype)
+        ).to(lens.parts.head.weight.device, plan.dtype)
     return DistillationModule(
         student,
         objective=plan.objective,
@@ -347,17 +356,44 @@ def build_module(
     )
 
 
-def _checked_lens(model: nn.Module, plan: Plan, data: PreparedData) -> LogitLens:
-    """Returns a model's lens after its checks; then the model is compiled, if that is asked for."""
-    lens = LogitLens(model, plan.config.objective.lens.norm)
-    check_ids = data.train[0]["prompt_ids"][:16]
-    check_ids_BT = torch.tensor([check_ids], device=lens.parts.head.weight.device)
+def divide_weights(module: nn.Module, plan: Plan, device: torch.device) -> None:
+    """Divides weights over the processes for ZeRO stage 3; all of them must call it.
+
+    One after the other goes to the device, is divided there and freed. `deepspeed.initialize` would
+    put the whole module there first.
+
+    Args:
+        module: Whole, on the CPU or on the device; changed in place.
+        plan: Of the run; its DeepSpeed file says where the shares stay.
+        device: Of this process.
+    """
+    import deepspeed  # two seconds that --help need not pay
+
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(plan.dtype)  # adapters come in float32
+    deepspeed.zero.Init(module=module, config_dict_or_path=plan.deepspeed)
+    module.to(device)  # buffers
+
+
+def prove_lens(lens: LogitLens, plan: Plan, data: PreparedData, device: torch.device) -> None:
+    """Checks a model's lens; then the model is compiled, if that is asked for.
+
+    Args:
+        lens: Of a model that runs: all processes must call it together if it is divided.
+        plan: Of the run.
+        data: The first record serves the checks.
+        device: Where the model runs.
+
+    Raises:
+        ConfigError: The lens does not give the model's own logits, or packed records see each
+            other.
+    """
+    check_ids_BT = torch.tensor([data.train[0]["prompt_ids"][:16]], device=device)
     lens.self_check(check_ids_BT)
     if plan.config.data.packing:
         lens.packing_check(check_ids_BT)
     if plan.config.model.compile:
         compile_blocks(lens.parts)
-    return lens
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -109,10 +109,24 @@ def test_sweep_is_valid_and_its_budget_is_equal_or_said_not_to_be(name: str) -> 
     differing = set(unequal_options({cell.method: cell.config for cell in cells}))
     differing -= {"optim.lr"} if sweep.lr else set()
     assert sorted(differing) == sorted(sweep.allow_unequal)
-    assert sweep.evaluation is not None and evaluate_config(sweep, cells[0]).sets
+    first = cells[0]
+    assert sweep.evaluation is not None
+    assert evaluate_config(sweep, first.method, first.lr, first.seed).sets
     # Every method differs from the others in its objective, or in whose answers it learns from.
     objectives = {c.method: repr((c.config.objective, c.config.data)) for c in cells}
     assert len(set(objectives.values())) == len(sweep.methods)
+
+
+@pytest.mark.parametrize("name", names("sweeps"))
+def test_beside_gold_answers_a_sweep_trains_on_as_many_prompts(name: str) -> None:
+    """With one answer to each prompt, kept gold answers make two records of it."""
+    data = [
+        cell.config.data for cell in build_cells(read_sweep(Path(f"configs/sweeps/{name}.yaml")))
+    ]
+    alone = {own.train_size for own in data if not own.keep_gold}
+    assert len(alone) == 1
+    for own in (own for own in data if own.keep_gold):
+        assert {own.train_size} == {None if size is None else 2 * size for size in alone}
 
 
 @pytest.mark.parametrize("pair", ["gpt2-base", "gpt2-medium", "tinyllama", "qwen2.5-1.5b"])

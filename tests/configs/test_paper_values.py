@@ -1,16 +1,23 @@
-"""The paper's runs: every value of configs/ against a table typed from the paper."""
+"""The paper's runs: what the scripts start, against a table typed from the paper."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
+from test_scripts import ROOT, Tree, evaluate_configs, train_configs
 
-from distilllens.config import LoraConfig, TrainConfig, load_config, load_evaluate_config
+from distilllens.config import LoraConfig, TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 GPUS = 4
+
+SCRIPTS = {
+    "gpt2-base": ("gpt2", "base"),
+    "gpt2-medium": ("gpt2", "medium"),
+    "tinyllama": ("llama", ""),
+    "qwen2.5-1.5b": ("qwen2.5", ""),
+}
+"""Folder under scripts/, and the MODEL to choose in its scripts."""
 
 TEACHERS = {
     "gpt2-base": "teacher-gpt2-1.5B",
@@ -86,22 +93,35 @@ RUNS += [replace(run, approach="seqkd") for run in RUNS if run.approach == "sft"
 """Of its SeqKD the paper gives no settings, and its scripts train on the records' answers."""
 
 
-def load(run: PaperRun, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
-    monkeypatch.chdir(ROOT)
-    layers = ("base", f"models/{run.pair}", f"objectives/{run.approach}")
-    names = [*layers, f"paper/{run.pair}-{run.approach}"]
-    flags = [part for name in names for part in ("--config", f"configs/{name}.yaml")]
-    more = ["--data.generated", "answers"] if run.approach == "seqkd" else []
-    return load_config([*flags, *more])
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    tree = Tree(tmp_path_factory.mktemp("tree"))
+    tree.set_gpus(2 * GPUS)
+    return tree
 
 
-@pytest.fixture(params=RUNS, ids=lambda run: f"{run.pair}-{run.approach}")
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run.pair}-{run.approach}")
 def run(request: pytest.FixtureRequest) -> PaperRun:
     return request.param
 
 
-def test_run_has_the_papers_optimisation(run: PaperRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load(run, monkeypatch)
+@pytest.fixture(scope="module")
+def command(run: PaperRun, tree: Tree) -> list[str]:
+    """What the run's script prints in a dry run."""
+    family, model = SCRIPTS[run.pair]
+    settings = {"MODEL": model, "TYPES": "rkl", "GENERATED": "answers"}
+    (words,) = tree.dry_run(f"scripts/{family}/{run.approach}/train_all.sh", **settings)
+    return words
+
+
+@pytest.fixture(scope="module")
+def config(command: list[str], tree: Tree) -> TrainConfig:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tree.root)
+        return train_configs([command])[0]
+
+
+def test_run_has_the_papers_optimisation(run: PaperRun, config: TrainConfig) -> None:
     optim = config.optim
     assert (optim.lr, optim.epochs, optim.max_steps) == (run.lr, run.epochs, None)
     if isinstance(run.batch, tuple):
@@ -116,8 +136,7 @@ def test_run_has_the_papers_optimisation(run: PaperRun, monkeypatch: pytest.Monk
     assert config.run.seed == 10
 
 
-def test_run_has_the_papers_models_and_data(run: PaperRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load(run, monkeypatch)
+def test_run_has_the_papers_models_and_data(run: PaperRun, config: TrainConfig) -> None:
     assert config.model.student == f"checkpoints/{STUDENTS[run.pair]}"
     assert config.model.teacher == f"checkpoints/{TEACHERS[run.pair]}"
     assert (config.model.teacher_lora is not None) == run.pair.startswith("qwen")
@@ -128,8 +147,8 @@ def test_run_has_the_papers_models_and_data(run: PaperRun, monkeypatch: pytest.M
     assert config.eval.dev_size == (960 if run.pair.startswith("qwen") else 1000)
 
 
-def test_run_has_the_papers_objective(run: PaperRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = load(run, monkeypatch).objective
+def test_run_has_the_papers_objective(run: PaperRun, config: TrainConfig) -> None:
+    objective = config.objective
     assert (objective.approach, objective.kd_ratio) == (run.approach, run.ratio)
     if run.approach != "distill_lens":
         return
@@ -140,9 +159,18 @@ def test_run_has_the_papers_objective(run: PaperRun, monkeypatch: pytest.MonkeyP
     assert (lens.coeff, lens.norm, lens.weights) == (1.0, "final", None)
 
 
-def test_evaluation_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    config = load_evaluate_config(["--config", "configs/eval/paper.yaml"])
+def test_run_is_on_the_papers_number_of_gpus(command: list[str]) -> None:
+    assert command[command.index("--nproc_per_node") + 1] == str(GPUS)
+
+
+@pytest.mark.parametrize("pair", SCRIPTS)
+def test_evaluation_is_the_papers(pair: str, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree.root)
+    family, model = SCRIPTS[pair]
+    settings = {"MODEL": model, "APPROACHES": "distill_lens", "TYPES": "rkl"}
+    (config,) = evaluate_configs(tree.dry_run(f"scripts/{family}/eval/run_eval.sh", **settings))
+    run = f"{STUDENTS[pair]}/distill_lens/rkl"
+    assert config.checkpoint == f"results/train/{run}/best"
     sampling = config.eval
     assert (sampling.do_sample, sampling.temperature) == (True, 1.0)
     assert (sampling.top_p, sampling.top_k, sampling.no_repeat_ngram_size) == (1.0, 0, 6)

@@ -307,9 +307,22 @@ def test_evaluation_uses_the_sets_that_are_there(tree: Tree) -> None:
     assert "data/vicuna holds no valid.jsonl" in done.stderr
 
 
-def test_later_protocol_replaces_the_scripts_choices(tree: Tree) -> None:
+@pytest.mark.parametrize("path", EVALUATE, ids=relative)
+def test_every_model_is_scored_by_the_papers_protocol(path: Path, tree: Tree) -> None:
+    """Five sets × five seeds, prompt and answer 512 tokens, nothing left out."""
+    for config in evaluate_configs(tree.dry_run(relative(path))):
+        assert config.sets == ["dolly", "self_inst", "vicuna", "sinst", "uinst"]
+        assert config.limit is None  # each set as long as the paper took it
+        assert config.eval.seeds == [10, 20, 30, 40, 50]
+        lengths = (config.max_prompt_length, config.eval.max_new_tokens)
+        assert (*lengths, config.eval.no_repeat_ngram_size) == (256, 256, 6)
+        assert config.eval.do_sample and config.eval.temperature == 1.0
+
+
+@pytest.mark.parametrize("path", EVALUATE, ids=relative)
+def test_later_protocol_replaces_the_scripts_choices(path: Path, tree: Tree) -> None:
     quick = ("--config", "configs/eval/quick.yaml")
-    configs = evaluate_configs(tree.dry_run("scripts/gpt2/eval/run_eval.sh", *quick))
+    configs = evaluate_configs(tree.dry_run(relative(path), *quick))
     assert configs[0].sets == ["dolly"]
     assert (configs[0].limit, configs[0].eval.seeds) == (20, [10])
 

@@ -403,7 +403,10 @@ def flag_cases() -> Iterator[tuple[str, BadInput]]:
             "none of 10 prompts is within max_prompt_length=1",
         ),
         "--eval.max_new_tokens 9999": (2, "9999"),
-        "--checkpoint ROOT/gone": (2, "model folder ROOT/gone not found"),
+        "--checkpoint ROOT/gone": (
+            2,
+            r"model folder ROOT/gone not found\n  fix: .* another --checkpoint\n",
+        ),
         "--data_dir ROOT/gone": (3, "ROOT/gone/toy/valid"),
         "--trust_remote_code true": (2, "trust_remote_code needs revision"),
         "--output_dir=": (2, "output_dir='' must not be empty"),

@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from distilllens import checkpoint
 from distilllens.__main__ import main as command
 from distilllens.checkpoint import TrainState
+from distilllens.dev_evaluation import DevEvaluation
 from distilllens.runs import RunFolder
 from distilllens.runtime.faults import VARIABLE
 from distilllens.runtime.manifest import read_manifest
-from distilllens.trainer import Totals, Trainer
+from distilllens.trainer import Trainer
 from distilllens.training.resume import find_state
+from distilllens.training.totals import Totals
 from train import main
 
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -115,11 +117,11 @@ def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
             values["exp_avg_sq"].zero_()
         return loaded
 
-    patch.setattr("distilllens.trainer.load_state", forgetful)
+    patch.setattr("distilllens.keeper.load_state", forgetful)
 
 
 def forget_random_state(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checkpoint, "_set_random_state", lambda *_: None)
+    patch.setattr(checkpoint, "set_random_state", lambda *_: None)
 
 
 def forget_offset(patch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,7 @@ def forget_best(patch: pytest.MonkeyPatch) -> None:
         state, sums = load(*arguments, **options)
         return TrainState(step=state.step), sums
 
-    patch.setattr("distilllens.trainer.load_state", forgetful)
+    patch.setattr("distilllens.keeper.load_state", forgetful)
 
 
 def test_without_one_part_the_run_is_not_bit_equal(workspace: Workspace) -> None:
@@ -175,8 +177,31 @@ def test_without_one_part_the_run_is_not_bit_equal(workspace: Workspace) -> None
     }
 
 
+def test_sums_of_a_program_with_fewer_counters_begin_anew(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line after the resume is then of the steps since; the training is the same."""
+    flags = ("--optim.max_steps", "4", "--tracking.log_every", "4")
+    assert main(workspace.flags(*flags, "--tracking.log_every", "2", out="straight")) == 0
+    run = stopped(workspace, 2, *flags)
+    load = checkpoint.load_state
+
+    def older(*arguments: Any, **options: Any) -> Any:
+        state, sums = load(*arguments, **options)
+        return state, [{**own, "counts": own["counts"][:2]} for own in sums]
+
+    monkeypatch.setattr("distilllens.keeper.load_state", older)
+    assert main(workspace.flags(*flags)) == 0
+    assert numbers(run)[-2] == numbers(workspace.root / "straight")[-2]
+    assert numbers(run)[-2]["step"] == 4 and "train/loss" in numbers(run)[-2]
+    assert all(
+        torch.equal(w, weights(run / "latest")[n])
+        for n, w in weights(workspace.root / "straight/latest").items()
+    )
+
+
 def test_the_best_is_remembered(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_dev_loss", lambda trainer: float(trainer.state.step))
+    monkeypatch.setattr(DevEvaluation, "_loss", lambda dev: float(dev.engine.global_steps))
     flags = ("--eval.every", "2", "--optim.max_steps", "4", "--tracking.log_every", "1")
     assert main(workspace.flags(*flags, out="straight")) == 0
     run = stopped(workspace, 3, *flags)
@@ -505,6 +530,19 @@ def do_jobs(workspace: Workspace, jobs: list[dict[str, Any]]) -> list[int]:
     return [int(code) for code in codes[0]]
 
 
+def step_lines(run: Path) -> list[tuple[int, float, float, float]]:
+    """Returns step, loss, gradient norm, and all tokens by response tokens of each line."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (
+            *(m["step"], m["train/loss"], m["train/grad_norm"]),
+            m["perf/tokens_per_s"] / m["perf/response_tokens_per_s"],
+        )
+        for m in lines
+        if "train/loss" in m
+    ]
+
+
 def test_two_processes(workspace: Workspace) -> None:
     """Bit-equal in epoch 0 and over its end; faults on one rank; other numbers of processes."""
     whole = ("--optim.micro_batch_size", "8")
@@ -541,7 +579,10 @@ def test_two_processes(workspace: Workspace) -> None:
     assert main(workspace.flags(*STEPS, *whole, out="shards")) == 4  # ZeRO 1
     assert main(workspace.flags(*calm, *half, out="two-to-one")) == 4  # half a global batch
     assert main(workspace.flags(*calm, *half, "--optim.accumulation", "2", out="two-to-one")) == 0
+    alone = workspace.root / "alone"
     for out in ("one-to-two", "two-to-one"):
-        for name, weight in weights(workspace.root / "alone/latest").items():
+        for name, weight in weights(alone / "latest").items():
             other = weights(workspace.root / out / "latest")[name]
             torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6)
+        for line, wanted in zip(*map(step_lines, (workspace.root / out, alone)), strict=True):
+            assert line == pytest.approx(wanted, rel=1e-4)

@@ -157,11 +157,11 @@ def test_what_a_dead_deletion_left_goes_with_the_next(run: SavedRun) -> None:
 
 
 def test_the_source_of_a_resume_stays(run: SavedRun) -> None:
-    run.trainer.resumed_from = run.states / "step-1"
+    run.trainer.keeper.resumed_from = run.states / "step-1"
     try:
         run.trainer.save()
     finally:
-        run.trainer.resumed_from = None
+        run.trainer.keeper.resumed_from = None
     assert {path.name for path in run.states.iterdir()} == {"step-1", "step-2", "step-3"}
 
 

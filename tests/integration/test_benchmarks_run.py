@@ -307,6 +307,18 @@ def test_generation_command_counts_the_tokens_of_both_loops(
         assert float(row["tokens_per_s"]) == pytest.approx(speed)
 
 
+def test_timed_answers_are_new_to_who_knows_the_references() -> None:
+    texts = [f"text {number} of {number % 7} words" for number in range(60)]
+    pairs = rouge.make_pairs(texts, limit=None, seed=3)
+    timed = rouge.with_new_answers(pairs, 100)
+    assert len(timed) == 100
+    assert set(timed) <= set(pairs)
+    assert not {answer for answer, _ in timed} & {reference for _, reference in timed}
+    assert rouge.with_new_answers([("a", "a"), ("b", "a"), ("a", "c"), ("b", "c")], 9) == [
+        *(("b", "a"), ("b", "c"))
+    ]
+
+
 def test_rouge_command_compares_all_pairs_and_counts_the_timed_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,13 +326,13 @@ def test_rouge_command_compares_all_pairs_and_counts_the_timed_ones(
     outputs = [["The cats are running home.", "Cats run."], "Sorted: fig, pear.", "Yes"]
     lines = [json.dumps({"instruction": "x", "output": output}) for output in outputs]
     data.write_text("\n".join(lines), encoding="utf-8")
-    flags = ["--data", str(data), "--timed", "10", "--rounds", "2", "--csv", str(path)]
+    flags = ["--data", str(data), "--timed", "5", "--rounds", "2", "--csv", str(path)]
     rouge.main(flags)
     rows = read_csv(path)
     assert [row["variant"] for row in rows] == ["rouge-score", "cold", "warm"]
     for row in rows:
-        assert (row["texts"], row["equal_pairs"], row["timed_pairs"]) == ("4", "16", "10")
-        speed = 10 / float(row["cpu_s"])
+        assert (row["texts"], row["equal_pairs"], row["timed_pairs"]) == ("4", "16", "5")
+        speed = 5 / float(row["cpu_s"])
         assert float(row["pairs_per_cpu_s"]) == pytest.approx(speed)
     monkeypatch.setattr(rouge, "rouge_l", lambda answer, reference: 0.25)
     with pytest.raises(NumericsError, match=r"0\.25 is not rouge-score's"):

@@ -233,6 +233,25 @@ def test_debug_shows_the_traceback(
     error = capsys.readouterr().err
     assert "error[DL-BUG]: KeyError: 'a bug'" in error
     assert "Traceback" not in error
+    assert run("--debug", "false") == 1
+    assert run("--limit", "0", "--debug", "false") == 2  # known before the options are parsed
+    assert "Traceback" not in capsys.readouterr().err
+    Path("debug.yaml").write_text("debug: true\n")
+    assert run("--config", "debug.yaml") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(("value", "advice"), [("true", "without --overwrite "), ("false", "")])
+def test_only_an_overwriting_command_is_not_repeated(
+    value: str, advice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate_checkpoint", stop)
+    assert run("--overwrite", value) == 130
+    assert f"the same command {advice}goes on" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("place")

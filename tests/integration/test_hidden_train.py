@@ -190,14 +190,22 @@ def test_a_teacher_cache_serves_hidden_states(workspace: Workspace) -> None:
         )
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
+@pytest.mark.parametrize(
+    ("stage", "schedule"),
+    [
+        pytest.param(0, "ramp", marks=pytest.mark.slow),
+        (0, "deepest_first"),
+        (1, "ramp"),
+        (3, "shallowest_first"),
+    ],
+)
 def test_stopped_and_resumed_is_bit_equal(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, stage: int
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, stage: int, schedule: str
 ) -> None:
-    """In the middle of a ramp, with projectors that have learned."""
+    """In the middle of a rise, with projectors that have learned."""
     add_dropout(workspace)
     flags = (
-        *("--objective.hidden.coeff", "2", "--objective.lens.schedule", "ramp"),
+        *("--objective.hidden.coeff", "2", "--objective.lens.schedule", schedule),
         *("--objective.lens.schedule_share", "0.9", "--tracking.log_every", "1", "--deepspeed"),
         partitioning(workspace, "fp32") if stage == 3 else workspace.deepspeed(stage),
     )
@@ -233,31 +241,38 @@ def tokens_of_steps(workspace: Workspace) -> list[int]:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("ramp", [0, 0.5, 1.0, 1.5, 1.5, 1.5]),
-        ("decay", [1.5, 1.5, 1.5, 1.0, 0.5, 0.0]),
+        ("ramp", [(0, 0), (0.5, 0.5), (1, 1), (1.5, 1.5), (1.5, 1.5), (1.5, 1.5)]),
+        ("decay", [(1.5, 1.5), (1.5, 1.5), (1.5, 1.5), (1, 1), (0.5, 0.5), (0, 0)]),
+        ("deepest_first", [(0, 0), (0, 1), (0.5, 1.5), (1.5, 1.5), (1.5, 1.5), (1.5, 1.5)]),
+        ("shallowest_first", [(0, 0), (1, 0), (1.5, 0.5), (1.5, 1.5), (1.5, 1.5), (1.5, 1.5)]),
     ],
 )
 def test_the_logged_loss_is_that_of_each_step(
-    workspace: Workspace, schedule: str, expected: list[float]
+    workspace: Workspace, schedule: str, expected: list[tuple[float, float]]
 ) -> None:
+    """λ of two pairs at six steps; half of them are the rise or fall."""
     flags = (
         *("--objective.lens.schedule", schedule, "--objective.lens.coeff", "1.5"),
         *("--objective.lens.weights", "[1,3]", "--optim.max_steps", "6"),
     )
     assert main(workspace.flags(*flags, "--tracking.log_every", "1", out="fine")) == 0
     steps = metrics_of(workspace.root / "fine")
-    assert [line["train/lens_coeff"] for line in steps] == pytest.approx(expected)
+    means = [(first + second) / 2 for first, second in expected]
+    assert [line["train/lens_coeff"] for line in steps] == pytest.approx(means)
     losses = []
-    for line, coeff in zip(steps, expected, strict=True):
-        lens = (0.5 * line["train/lens/jsd/L01"] + 1.5 * line["train/lens/jsd/L02"]) / 2
-        losses.append(line["train/loss/kd"] + coeff * lens)
+    for line, (first, second) in zip(steps, expected, strict=True):
+        parts = first * 0.5 * line["train/lens/jsd/L01"], second * 1.5 * line["train/lens/jsd/L02"]
+        losses.append(line["train/loss/kd"] + sum(parts) / 2)
+        if schedule.endswith("first"):
+            by_pair = [line[f"train/lens_coeff/{schedule}/L0{n}"] for n in (1, 2)]
+            assert by_pair == pytest.approx([first, second])
         assert line["train/loss"] == pytest.approx(losses[-1], rel=1e-5)
     assert main(workspace.flags(*flags, "--tracking.log_every", "6", out="coarse")) == 0
     (whole,) = metrics_of(workspace.root / "coarse")
     tokens = tokens_of_steps(workspace)
     mean = sum(n * loss for n, loss in zip(tokens, losses, strict=True)) / sum(tokens)
     assert whole["train/loss"] == pytest.approx(mean, rel=1e-5)
-    assert whole["train/lens_coeff"] == pytest.approx(expected[-1])
+    assert whole["train/lens_coeff"] == pytest.approx(means[-1])
     constant = whole["train/loss/kd"] + 1.5 * whole["train/loss/lens"]
     assert abs(whole["train/loss"] - constant) > 1e-3  # the test could tell
 
@@ -268,17 +283,18 @@ def test_a_constant_lens_logs_no_coefficient(workspace: Workspace) -> None:
 
 
 def test_what_is_trained_follows_the_schedule(workspace: Workspace) -> None:
-    """The first step of a ramp is kd's, that of a decay is the constant lens's."""
+    """The first step of a rise is kd's, that of a decay is the constant lens's."""
 
     def after_one_step(*flags: str) -> dict[str, torch.Tensor]:
         return train_steps(workspace.flags(*flags, out="-".join(flags) or "plain"), 1)[1]
 
     plain, ramp = after_one_step(), after_one_step("--objective.lens.schedule=ramp")
+    joining = after_one_step("--objective.lens.schedule=deepest_first")
     kd, decay = (
         after_one_step("--objective.approach=kd"),
         after_one_step("--objective.lens.schedule=decay"),
     )
     for name in plain:
         torch.testing.assert_close(ramp[name], kd[name], rtol=1e-5, atol=1e-6)
-        assert torch.equal(decay[name], plain[name])
+        assert torch.equal(decay[name], plain[name]) and torch.equal(joining[name], ramp[name])
     assert any((plain[name] - kd[name]).abs().max() > 1e-4 for name in plain)

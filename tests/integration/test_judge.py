@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -204,6 +205,20 @@ def test_garbage_is_unparsed_and_no_loss(
     assert server.count == 10
 
 
+def test_a_reply_that_ends_inside_an_emoji_stops_nothing(
+    place: Callable[..., int], server: Server
+) -> None:
+    """JSON may hold half of a surrogate pair, in the judge's words and in its name."""
+    half = {"model": "stub\ud83d", "choices": [{"message": {"content": "nice \ud83d"}}]}
+    server.script = [Action(body=json.dumps(half).encode())]
+    assert place("--against", "B") == 0
+    assert server.requests[1]["messages"][1]["content"] == "nice \\ud83d"
+    assert pairs()["wins"] == 2
+    assert results()["replied_as"] == {"stub\\ud83d": 1, "stub-1": 8}
+    assert place("--against", "B") == 0
+    assert server.count == 9
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_ends_it_at_once_and_keeps_what_is_there(
     place: Callable[..., int], server: Server, capfd: pytest.CaptureFixture[str], status: int
@@ -321,11 +336,26 @@ def test_a_budget_of_requests_stops_and_goes_on(
     assert pairs()["wins"] == 2
 
 
+def test_a_budget_of_less_than_one_question_is_told(
+    place: Callable[..., int], server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what the message advises, every question can be asked."""
+    options = ["--against", "B", "--input_price", "2", "--output_price", "30"]
+    assert place(*options, "--max_cost", "0.0001") == 2
+    assert server.count == 0
+    told = capsys.readouterr().err
+    assert "max_cost=0.0001 is less than one question can cost" in told
+    advised = re.search(r"fix: --max_cost ([\d.]+), or", told)
+    assert advised is not None
+    assert 0.015 < float(advised[1]) < 0.03  # 512 · 30 / 10⁶, and two for each of some 1000 bytes
+    codes = [place(*options, "--max_cost", advised[1]) for _ in range(9)]
+    assert codes[-1] == 0 and set(codes) <= {0, 75}
+    assert pairs()["wins"] == 2
+
+
 def test_a_budget_of_cost_is_never_passed(place: Callable[..., int], server: Server) -> None:
     """A reply costs (100 · 2 + 10 · 30) / 10⁶ = 0.0005; what it may cost at most is more."""
     price = ["--input_price", "2", "--output_price", "30", "--max_tokens", "20"]
-    assert place("--against", "B", *price, "--max_cost", "0.0001") == 75
-    assert server.count == 0
     assert place("--against", "B", *price, "--max_cost", "0.005", "--concurrency", "3") == 75
     spent = results()["this_command"]["cost"]
     assert 0 < server.count < 8

@@ -163,7 +163,7 @@ def test_dry_run_says_when_the_pairs_are_known(
         (("--objective.lens.count", "4"), r"lens.count=4 must be in \[1, 3\]"),
         (
             ("--objective.lens.teacher_layers", "[1]", "--objective.lens.student_layers", "[1]"),
-            "lens.rule=lens_similarity, but lens.teacher_layers",
+            "lens.rule=lens_similarity, but objective.lens.teacher_layers",
         ),
         (("--objective.lens.weights", "[1, 2]"), "has 2 entries .* there are 3 pairs"),
     ],

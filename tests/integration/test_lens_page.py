@@ -151,6 +151,16 @@ def test_all_files_are_there(report: Path, document: dict[str, Any]) -> None:
     ]
 
 
+def test_no_folder_of_the_writer_is_told(studio: Studio, report: Path) -> None:
+    for name in ("lens.html", "lens.json"):
+        text = (report / name).read_text()
+        assert str(studio.root) not in text and str(Path.home()) not in text
+    page = (report / "lens.html").read_text()
+    assert "by python -m distilllens lens --run run --out report --show 2" in page
+    assert "<code>teacher</code>" in page and "of <code>valid.jsonl</code>" in page
+    assert "<title>run and its teacher" in page
+
+
 def test_csv_and_json_tell_the_same(report: Path, document: dict[str, Any]) -> None:
     layers = list(csv.DictReader((report / "layers.csv").open()))
     assert [(row["model"], row["layer"]) for row in layers] == [
@@ -397,6 +407,31 @@ def test_keys_reach_and_walk_the_map(desk: Visit, document: dict[str, Any]) -> N
     page.keyboard.press("Escape")
     assert desk.detail(0) == [] and "Point at a cell" in desk.detail_text()
     assert page.evaluate("document.activeElement.tagName") == "BODY"
+
+
+def test_without_a_cell_nothing_covers_the_maps(desk: Visit, document: dict[str, Any]) -> None:
+    """The panel lies over the maps only while it tells something, and does not flicker there."""
+    page = desk.page
+    page.keyboard.press("Escape")
+    box = "document.getElementById('detail').getBoundingClientRect()"
+    style = "getComputedStyle(document.getElementById('detail')).position"
+    assert page.evaluate(style) == "static" and page.evaluate(f"{box}.height") < 80
+    end = "document.getElementById('maps').getBoundingClientRect().bottom"
+    assert page.evaluate(f"{box}.top >= {end}")
+    page.set_viewport_size({"width": 1280, "height": 400})
+    cell = desk.cell(0, 2, 2)
+    cell.evaluate("e => scrollBy(0, e.getBoundingClientRect().bottom - innerHeight + 20)")
+    place = cell.bounding_box()
+    count = "window.turns = 0; new MutationObserver(() => { window.turns += 1; })"
+    page.evaluate(f"{count}.observe(document.getElementById('detail'), {{attributes: true}})")
+    for step in range(5, 10):  # the panel opens under the pointer
+        page.mouse.move(place["x"] + step, place["y"] + 5)
+        page.wait_for_timeout(50)
+    under = f"document.elementFromPoint({place['x'] + 9}, {place['y'] + 5}).closest('#detail')"
+    assert page.evaluate(f"[{under} !== null, window.turns]") == [True, 1]
+    assert page.evaluate(style) == "sticky" and desk.detail(0) == expected_top(document, 0, 0, 2, 2)
+    page.mouse.move(2, 2)
+    assert page.evaluate(style) == "static"
 
 
 def test_grid_has_roles_and_one_stop_each(desk: Visit) -> None:

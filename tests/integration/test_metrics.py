@@ -84,12 +84,15 @@ def test_everything_at_once_and_nothing_twice(
     assert "exposure bias: 4 to measure, 0 finished already" in printed
     for label in ("distinct-2, %", "perplexity", "KL(teacher‖student), nats", "n = 2"):
         assert label in printed
+    for label in ("its standard error, %", "(standard error, n = 3 prompts)"):
+        assert label in printed
 
     metrics = read("seed20/words/results.json")["metrics"]
     assert TEXT_NAMES | TOKEN_NAMES | {"ex_acc_err", "ex_acc_err_per_token"} <= set(metrics)
     stored = read("token_metrics/words.json")
     assert stored["metrics"] == {name: metrics[name] for name in TOKEN_NAMES}
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nll"]))
+    assert f"nats per token, ECE {metrics['ece']:.2f} % (n = {stored['num_tokens']} tok" in printed
     assert metrics["nll"] == read("seed10/words/results.json")["metrics"]["nll"]
     assert stored["counts"] == {"records": 3, "blank_references": 0, "cut_references": 0}
     exposure = read("seed20/words/exposure_bias.json")

@@ -56,6 +56,7 @@ def test_the_watcher_sees_reads() -> None:
         ("--objective.divergence", "akl"),
         ("--objective.top_k", "8", "--objective.lens.top_k", "2"),
         ("--objective.hidden.coeff", "1", "--objective.lens.schedule", "ramp"),
+        ("--objective.lens.schedule", "deepest_first"),
         ("--data.packing", "true"),
         ("--optim.micro_batch_size", "2", "--optim.accumulation", "3"),
     ],
@@ -68,10 +69,12 @@ def test_a_step_reads_nothing_back(workspace: Workspace, flags: tuple[str, ...])
     folder = create_run_folder(config.run.output_dir)
     with build_trainer(config, folder, device, arguments) as trainer:
         batches = next(trainer.loader.epoch(0))
-        # DeepSpeed reads the gradient's norm in its own step, to clip; ours ends before.
+        # With ZeRO, DeepSpeed reads the gradient's norm in its own step, to clip; ours ends before.
         trainer.engine.step = lambda: None
         with NoHostReads():
             trainer.train_step(batches)
         assert trainer.guard.bad_step() is None
         assert trainer.totals.tokens == batches.num_tokens > 0
+        assert trainer.totals.input_tokens == batches.num_input_tokens > batches.num_tokens
         assert trainer.totals.sums_K2[1:, 1].min() > 0
+        assert trainer.norm_before_clipping > 0

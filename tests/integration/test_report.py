@@ -82,7 +82,7 @@ class Checkout:
         (run / "metrics.jsonl").write_text(text + '{"step": 101, "train/lo')
         (run / "environment.json").write_text(json.dumps({"git_commit": "c0ffee" * 6 + "abcd"}))
         (run / "data.json").write_text(
-            json.dumps({"fingerprint": "f00d" * 16, "train": {"used": 1234}})
+            json.dumps({"fingerprint": "f00d" * 16, "source": {"a": 1}, "train": {"used": 1234}})
         )
         (run / "status.json").write_text(json.dumps({"state": "finished"}))
         if teacher:
@@ -185,7 +185,7 @@ def test_whole_report(checkout: Checkout, capsys: pytest.CaptureFixture[str]) ->
     assert "mean over the 1 framed cells" in page.text
     assert "the run was trained without it" in page.text  # sft borrows the teacher
     assert "f00df00df00d" in page.text and "c0ffeec0ffee" in page.text
-    assert "train: 1,234 used" in page.text
+    assert "train: 1,234 used" in page.text and "source: " not in page.text
 
 
 def test_model_text_is_escaped_and_nothing_is_fetched(checkout: Checkout) -> None:

@@ -26,7 +26,7 @@ from distilllens.report.watch import Follower, Watched, watch_runs
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
-START = time.time() + 1000
+START = time.time() + 86_400
 """Of the runs: a line of the past would make them silent."""
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason=f"none of {', '.join(NAMES)} is on PATH"

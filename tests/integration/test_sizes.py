@@ -15,8 +15,11 @@ import torch
 from conftest import PROJECT, Workspace, stop_at
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from distilllens import families
+from distilllens.kernels.chunks import LogitTransform
 from distilllens.runtime.faults import VARIABLE
 from distilllens.trainer import Trainer
 from train import main
@@ -157,6 +160,47 @@ def test_offloaded_states_come_back(wide: Workspace, name: str) -> None:
     assert losses(wide.root / "run") == losses(wide.root / "straight")
     straight, resumed = (weights(wide.root / out / "latest") for out in ("straight", "run"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+# --- A student larger than a device -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [(), ("--model.student_lora.r", "4")])
+@pytest.mark.parametrize("file", ["zero3_bf16", "zero3_offload_params_bf16"])
+def test_stage_3_never_moves_the_whole_student(
+    workspace: Workspace, file: str, lora: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed too moves what it is given, if that is not divided before."""
+    moved: list[int] = []
+    to = nn.Module.to
+
+    def count_and_move(module: nn.Module, *place: Any, **more: Any) -> nn.Module:
+        moved.append(sum(p.numel() for p in module.parameters() if not p.is_meta))
+        return to(module, *place, **more)
+
+    monkeypatch.setattr(nn.Module, "to", count_and_move)
+    largest = {}
+    for name in ("zero1_bf16", file):
+        path = str(PROJECT / "configs" / "deepspeed" / f"{name}.json")
+        alone = ("--objective.approach", "sft", "--deepspeed", path)
+        moved.clear()
+        assert main(workspace.flags(*SHORT, *alone, *lora, out=name)) == 0
+        largest[name] = max(moved)
+    student = GPT2LMHeadModel.from_pretrained(workspace.root / "student")
+    assert largest["zero1_bf16"] >= sum(p.numel() for p in student.parameters())
+    assert largest[file] < 4 * 4 * 24 + 1, "peft's own moves, of one matrix of an adapter"
+    one, three = (losses(workspace.root / name) for name in largest)
+    assert three == pytest.approx(one, rel=1e-3)
+
+
+def test_the_lens_of_a_divided_student_is_proved_too(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = LogitTransform(scale=2.0, softcap=None)
+    monkeypatch.setattr(families, "_logit_transform", lambda _: wrong)
+    flags = ("--objective.approach", "sft", "--deepspeed", workspace.deepspeed(3))
+    assert main(workspace.flags(*SHORT, *flags)) == 2
+    assert "the logit lens of family 'gpt2' differs" in capsys.readouterr().err
 
 
 # --- float16 ------------------------------------------------------------------------------------

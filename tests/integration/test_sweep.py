@@ -39,6 +39,8 @@ folder.mkdir(parents=True, exist_ok=True)
 with open("calls.txt", "a") as calls:
     calls.write(f"train {name} {config.optim.lr:g} {seed} {os.environ['OMP_NUM_THREADS']}\\n")
 (folder / "config.yaml").write_text(dump_config(config))
+machine = {"world_size": int(os.environ.get("WORLD_SIZE", "1"))}
+(folder / "environment.json").write_text(json.dumps({"machine": machine}))
 
 def end(state, code, error=""):
     status = {"state": state, "code": code, "best_metric": 100 * config.optim.lr, "best_step": 4}
@@ -69,20 +71,21 @@ EVALUATE = """
 import dataclasses, json, sys
 from pathlib import Path
 from distilllens.config import load_evaluate_config
-from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
+from distilllens.evaluation.cells.provenance import checkpoint_fingerprint, identity
 
 config = load_evaluate_config(sys.argv[1:])
 method, seed = config.name, int(Path(config.output_dir).name.removeprefix("seed"))
 with open("calls.txt", "a") as calls:
-    calls.write(f"evaluate {config.checkpoint}\\n")
+    calls.write(f"evaluate {config.checkpoint}{' anew' if config.overwrite else ''}\\n")
 rouge = {("a", 10): 10.0, ("a", 20): 12.0, ("b", 10): 13.0, ("b", 20): 17.0}[method, seed]
 for draw, offset in zip(config.eval.seeds, (-1.0, 1.0)):
     folder = Path(config.output_dir) / f"seed{draw}" / "toy"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=config.overwrite)
+    known = identity(config, checkpoint=checkpoint_fingerprint(config.checkpoint), records=[])
     (folder / "results.json").write_text(json.dumps({
         "metrics": {"rougeL": rouge + offset, "exact_match": 0.0, "num": 3},
         "set": "toy", "seed": draw, "name": method, "config": dataclasses.asdict(config),
-        "identity": {"weights and tokenizer": checkpoint_fingerprint(config.checkpoint)},
+        "identity": known, "counts": {"records": min(config.limit or 20, 20)},
     }))
     samples = [  # all alike but for the prompts: whatever is drawn has the same mean
         {"index": index, "prompt": f"prompt {index}", "rougeL": (rouge + offset) / 100,
@@ -276,6 +279,33 @@ def test_scores_of_other_weights_or_in_part_do_not_count(place: Place) -> None:
     assert place.table()["b"]["mean"] is None
 
 
+def test_scores_of_other_settings_do_not_count_and_are_scored_anew_on_request(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.run(seeds=[10]) == 0
+    place.calls()
+    flags = place.content["evaluate"]["set"]
+    changed = {"evaluate": {"set": flags | {"eval.temperature": 0.5}}, "seeds": [10]}
+    with pytest.raises(ConfigError) as refused:
+        place.run(**changed)
+    assert "2 of 2 cells hold scores of another evaluation" in refused.value.what
+    assert "eval/a/seed10: eval.temperature: 1.0 there, 0.5 now" in refused.value.what
+    assert "--overwrite_scores" in refused.value.fix and place.calls() == []
+    assert place.run("--table_only", **changed) == 0
+    assert "a seed 10: scored with other settings (eval.temperature: 1.0 there, 0.5 now" in (
+        (place.out / "sweep.md").read_text()
+    )
+    assert [place.table()[name]["n"] for name in "ab"] == [0, 0]
+    capsys.readouterr()
+    assert place.run("--dry_run", "--overwrite_scores", **changed) == 0
+    assert all("--overwrite=true" in line for line in capsys.readouterr().out.splitlines()[2:])
+    assert place.run("--overwrite_scores", **changed) == 0
+    assert sum("evaluate" in call and call.endswith("anew") for call in place.calls()) == 2
+    assert [place.table()[name]["n"] for name in "ab"] == [1, 1]
+    assert place.run("--overwrite_scores", **changed) == 0
+    assert place.calls() == []  # what is scored with these settings stays
+
+
 def test_without_an_evaluation_methods_are_compared_on_the_dev_set(place: Place) -> None:
     assert place.run(evaluate=None, methods={"a": {}, "b": {"set": {"optim.lr": 1e-4}}},
         allow_unequal=["optim.lr"]) == 0  # fmt: skip
@@ -298,6 +328,10 @@ def test_flags_change_how_a_sweep_is_run(
     with pytest.raises(ConfigError, match="this machine has 1 GPUs") as refused:
         place.run("--processes", "4")
     assert "4 times the --optim.accumulation" in str(refused.value.fix)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    with pytest.raises(ConfigError, match="4 trainings at the same time × 2 processes") as refused:
+        place.run("--parallel", "4", "--processes", "2")
+    assert refused.value.fix == "--parallel 3"
     assert place.calls() == []
 
 
@@ -338,7 +372,7 @@ def flags_of(workspace: Workspace) -> dict[str, Any]:
 def test_real_trainings_are_stopped_resumed_and_scored(workspace: Workspace) -> None:
     sweep, out = workspace.root / "tiny.yaml", workspace.root / "sweep"
     scoring = {"data_dir": f"{workspace.root}/data", "sets": ["toy"], "eval.seeds": [1]}
-    content = {
+    content: dict[str, Any] = {
         "output_dir": str(out),
         "set": flags_of(workspace) | {"optim.lr": 1e-3},
         "methods": {
@@ -369,3 +403,18 @@ def test_real_trainings_are_stopped_resumed_and_scored(workspace: Workspace) -> 
     assert methods["kd"]["runs"]["10"]["minutes"] > 0
     assert methods["kd"]["runs"]["10"]["dev_loss"] > 0
     assert methods["kd"]["difference"]["verdict"] in ("better", "worse", "under the noise")
+    # What changes no answer starts nothing.
+    scores = {path: path.stat().st_mtime_ns for path in (out / "eval").rglob("results.json")}
+    content["evaluate"]["set"] |= {"eval.batch_size": 2, "limit": "all"}
+    sweep.write_text(yaml.safe_dump(content, sort_keys=False))
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0 and "started" not in done.stdout, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in scores} == scores and len(scores) == 4
+    # Answers of another kind are refused, and two processes are another global batch.
+    changed = ["--processes", "2", "--dry_run"]
+    done = subprocess.run([*command, *changed], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "4 of 4 cells hold another training" in done.stderr
+    content["evaluate"]["set"]["eval.max_new_tokens"] = 5
+    sweep.write_text(yaml.safe_dump(content, sort_keys=False))
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "eval.max_new_tokens: 4 there, 5 now" in done.stderr

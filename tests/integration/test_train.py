@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import Workspace, add_dropout, stop_at
+from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -55,7 +57,10 @@ def test_a_whole_run(workspace: Workspace) -> None:
     ]
     environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["git_commit"]
-    assert len(json.loads((run / "data.json").read_text())["fingerprint"]) == 64
+    data = json.loads((run / "data.json").read_text())
+    raw = (workspace.root / "data/toy/raw.jsonl").read_bytes()
+    assert len(data["fingerprint"]) == 64
+    assert data["source"]["raw_sha256"] == hashlib.sha256(raw).hexdigest()
     assert load_config(["--config", str(run / "config.yaml")]).optim.max_steps == 12
 
 
@@ -77,8 +82,6 @@ def test_exports_load_in_plain_transformers(workspace: Workspace) -> None:
 
 def test_dev_loss_is_the_mean_over_all_dev_tokens(workspace: Workspace) -> None:
     assert main(workspace.flags("--optim.max_steps", "1")) == 0
-    from datasets import load_from_disk
-
     model = GPT2LMHeadModel.from_pretrained(workspace.root / "run/latest").double().eval()
     total, tokens = 0.0, 0
     for sample in load_from_disk(str(workspace.root / "tokens/dev")):
@@ -177,6 +180,29 @@ def test_stopped_and_resumed_is_bit_equal(
         return [{k: v for k, v in m.items() if not k.startswith(timed)} for m in metrics_of(run)]
 
     assert numbers(straight) == numbers(resumed)
+
+
+def test_throughput_counts_prompts_too_but_no_padding(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for one epoch, with a stop in the middle; both counts have the same clock."""
+    flags = workspace.flags(
+        *("--optim.max_steps", "6", "--tracking.log_every", "6"),
+        *("--optim.micro_batch_size", "4", "--optim.accumulation", "2"),
+    )
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        assert main(flags) == 143
+    assert main(flags) == 0
+    (line,) = (m for m in metrics_of(workspace.root / "run") if "train/loss" in m)
+    train = load_from_disk(str(workspace.root / "tokens/train"))
+    assert len(train) == 6 * 8
+    responses = sum(len(ids) for ids in train["response_ids"])
+    whole = responses + sum(len(ids) for ids in train["prompt_ids"])
+    factor = line["perf/tokens_per_s"] / line["perf/response_tokens_per_s"]
+    assert factor == pytest.approx(whole / responses)
+    rate = line["perf/tokens_per_s"] * line["perf/step_s"]
+    assert rate == pytest.approx(whole / 6)
 
 
 def test_time_limit(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,6 +326,33 @@ def test_padded_teacher_vocabulary_is_cut(
     teacher.save_pretrained(workspace.root / "teacher")
     assert main(workspace.flags("--optim.max_steps", "2")) == 0
     assert "teacher vocabulary 320 cut to 300 (padding, no tokens)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--optim.clip_grad", "0"),
+        ("--optim.clip_grad", "0.005"),
+        ("--optim.clip_grad", "1e-4", "--model.student_lora.r", "2"),
+    ],
+    ids=" ".join,
+)
+def test_without_zero_the_gradient_is_clipped_and_its_norm_told_as_with_it(
+    workspace: Workspace, flags: tuple[str, ...]
+) -> None:
+    more = ("--optim.max_steps", "4", "--tracking.log_every", "1", "--optim.accumulation", "2")
+    norms = []
+    for stage in (0, 1):
+        file = ("--deepspeed", workspace.deepspeed(stage))
+        arguments = workspace.flags(*flags, *more, "--optim.micro_batch_size", "4", *file)
+        assert main([*arguments, "--run.output_dir", f"{workspace.root}/stage{stage}"]) == 0
+        lines = metrics_of(workspace.root / f"stage{stage}")
+        norms.append([line["train/grad_norm"] for line in lines if "train/loss" in line])
+    assert len(norms[0]) == 4 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert min(norms[0]) > float(flags[1]), "nothing was clipped"
+    one, other = (weights(workspace.root / f"stage{stage}/latest") for stage in (0, 1))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

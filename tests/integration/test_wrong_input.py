@@ -97,10 +97,14 @@ CASES = {
         3, r"12", prepare=lambda place: write_records(place.root / "data/toy/raw.jsonl", 12)
     ),
     "missing teacher": Case(
-        2, r"model folder ROOT/gone not found", ("--model.teacher", "ROOT/gone")
+        2,
+        r"model folder ROOT/gone not found\n  fix: .* another --model\.teacher\n",
+        ("--model.teacher", "ROOT/gone"),
     ),
     "missing student": Case(
-        2, r"model folder ROOT/gone not found", ("--model.student", "ROOT/gone")
+        2,
+        r"model folder ROOT/gone not found\n  fix: .* another --model\.student\n",
+        ("--model.student", "ROOT/gone"),
     ),
     "weights are missing": Case(2, r"cannot load ROOT/teacher", prepare=remove_weights),
     "lens lists of unequal length": Case(
@@ -111,7 +115,8 @@ CASES = {
     ),
     "layer out of range": Case(
         2,
-        r"lens\.teacher_layers: layer 7 is out of range \[1, 6\]",
+        r"objective\.lens\.teacher_layers: layer 7 is out of range \[1, 6\]"
+        r"[\s\S]*fix: --objective\.lens\.teacher_layers with numbers from 1 to 6",
         (LENS[0], "[2, 7]", LENS[1], "[1, 2]"),
         remove_weights,  # told all the same: before weights load
     ),
@@ -138,6 +143,12 @@ CASES = {
     "deepspeed file is missing": Case(2, r"ds\.json: no such file", DS_FILE),
     "deepspeed file is no JSON": Case(2, r"ds\.json: not JSON", DS_FILE, deepspeed_file("{")),
     "deepspeed file is a list": Case(2, "a JSON object", DS_FILE, deepspeed_file("[]")),
+    "offload in one word": Case(
+        2,
+        "offload_optimizer must be an object, got 'cpu'",
+        DS_FILE,
+        deepspeed_file('{"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}'),
+    ),
     "deepspeed file has an optimizer": Case(
         2, r"ds\.json: remove optimizer", DS_FILE, deepspeed_file('{"optimizer": {}}')
     ),

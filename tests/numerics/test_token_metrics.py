@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilllens.config import SamplingConfig
 from distilllens.data.records import Record
-from distilllens.errors import NumericsError
+from distilllens.errors import ConfigError, NumericsError
 from distilllens.evaluation.measures.exposure_bias import (
+    describe_excess,
     excess_accumulated_error,
     measure_exposure_bias,
     plain_sampling,
@@ -123,6 +124,66 @@ def test_float64_closed_form(
     assert measured["metrics"] == pytest.approx(expected, rel=1e-10)
     assert expected["kl_teacher_student"] > 0.05  # the case says something
     assert expected["ece"] > 0.05
+
+
+def fail_over(
+    texts: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], list[int]]:
+    """Gives the device so little memory; returns the sizes of batches and chunks that fitted."""
+    bodies: list[int] = []
+    heads: list[int] = []
+    body, head = TokenScorer.rows, TokenScorer.log_probs
+
+    def run_body(self: TokenScorer, input_ids_BT: torch.Tensor, rows_N: torch.Tensor) -> Any:
+        if len(input_ids_BT) > texts:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        bodies.append(len(input_ids_BT))
+        return body(self, input_ids_BT, rows_N)
+
+    def run_head(self: TokenScorer, hidden_nD: torch.Tensor) -> Any:
+        if len(hidden_nD) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
+        heads.append(len(hidden_nD))
+        return head(self, hidden_nD)
+
+    monkeypatch.setattr(TokenScorer, "rows", run_body)
+    monkeypatch.setattr(TokenScorer, "log_probs", run_head)
+    return bodies, heads
+
+
+@pytest.mark.parametrize(("texts", "rows"), [(1, 99), (9, 1), (2, 3)])
+def test_too_little_memory_halves_batches_and_chunks(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    texts: int,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = expected_metrics(*models)
+    bodies, heads = fail_over(texts, rows, monkeypatch)
+    advanced: list[int] = []
+    student, teacher = (TokenScorer(model, num_tokens=VOCAB) for model in models)
+    measured = compute_token_metrics(
+        student, TEXTS, teacher=teacher, batch_size=5, batch_tokens=200, advance=advanced.append
+    )
+    assert measured["metrics"] == pytest.approx(expected, rel=1e-10)
+    assert measured["num_tokens"] == NUM_TOKENS
+    assert sum(advanced) == len(TEXTS)
+    assert max(bodies) <= texts and max(heads) <= rows
+    assert sum(bodies) == 2 * len(TEXTS)  # once through each model, and not a text twice
+    assert "out of memory with" in caplog.text
+
+
+def test_no_room_for_one_is_told_as_in_generation(
+    models: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for texts, rows, one in ((0, 9, "one text of 34 tokens"), (9, 0, "one row")):
+        with monkeypatch.context() as patch:
+            fail_over(texts, rows, patch)
+            with pytest.raises(ConfigError, match=f"not even {one}") as caught:
+                measure(*models, batch_size=2)
+        assert caught.value.why.startswith("CUDA out of memory")
+        assert "more" not in caught.value.why
 
 
 def test_without_a_teacher_the_same_numbers_of_the_student(
@@ -298,6 +359,32 @@ def whole_answers_kl(student: PreTrainedModel, teacher: PreTrainedModel) -> floa
     return total
 
 
+def test_too_little_memory_changes_no_exposure_bias(
+    speakers: list[PreTrainedModel],
+    words: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, teacher = (TokenScorer(model, num_tokens=5) for model in speakers)
+
+    def measured() -> dict[str, Any]:
+        return measure_exposure_bias(
+            student,
+            teacher,
+            words,
+            [PROMPT] * 12,
+            settings=SamplingConfig(max_new_tokens=LONGEST, batch_size=8),
+            seed=1,
+            max_prompt_length=8,
+            advance=ignore,
+        )
+
+    expected = measured()["curve"]
+    bodies, heads = fail_over(3, 2, monkeypatch)
+    for name, values in measured()["curve"].items():
+        assert values == pytest.approx(expected[name], rel=1e-9)
+    assert max(bodies) <= 3 and max(heads) <= 2
+
+
 def test_equal_models_have_no_quotient(
     speakers: list[PreTrainedModel], words: PreTrainedTokenizerFast
 ) -> None:
@@ -334,6 +421,10 @@ def test_by_hand() -> None:
     assert metrics["ex_acc_err_per_token"] == pytest.approx(100 * ((2 / 1.5) / (2 / 2.5) - 1))
     # Sums by prompt are 3, 1 and 2, 2; their residuals 1, −1 have the sd √2.
     assert metrics["ex_acc_err_se"] == pytest.approx(100 * math.sqrt(2) / (2 * math.sqrt(2)))
+    told = "0.00 % ± 50.00 excess accumulated error (standard error, n = 2 prompts)"
+    assert describe_excess(measured, 2) == told
+    alone = excess_accumulated_error(own[:1], known[:1], np.array([2]), np.array([3]))
+    assert describe_excess(alone, 1) == "50.00 % excess accumulated error (n = 1 prompts)"
 
 
 def test_standard_error_is_that_of_repeated_draws() -> None:

@@ -16,22 +16,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from distilllens import checkpoint
 from distilllens.__main__ import main as command
-from distilllens.checkpoint import (
-    TrainState,
-    copy_model,
-    export_model,
-)
+from distilllens.checkpoint import TrainState
 from distilllens.config import OptimConfig, RunConfig, TrackingConfig, TrainConfig
 from distilllens.errors import CheckpointError, StorageError
+from distilllens.publish.export import copy_model, export_model
 from distilllens.runs import RunFolder
 from distilllens.runtime import distributed
 from distilllens.runtime.faults import VARIABLE
 from distilllens.runtime.manifest import find_damage, hash_folder, write_manifest
+from distilllens.runtime.random_state import random_state, seed_new_rank, set_random_state
 from distilllens.training.resume import check_same_config, check_same_facts, find_state
 
 # --- The best -----------------------------------------------------------------------------------
@@ -422,18 +421,18 @@ def test_every_generator_comes_back(tmp_path: Path, drawn: int) -> None:
     for _ in range(drawn):
         draws()
     file = tmp_path / "random.safetensors"
-    file.write_bytes(checkpoint.to_safetensors(checkpoint._random_state()))
+    file.write_bytes(to_safetensors(random_state()))
     expected = [draws() for _ in range(700)]  # beyond the 624 words of one state
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     draws()
-    checkpoint._set_random_state(checkpoint.load_file(file), torch.device("cpu"))
+    set_random_state(load_file(file), torch.device("cpu"))
     assert [draws() for _ in range(700)] == expected
 
 
 def test_a_new_rank_draws_its_own_numbers() -> None:
     drawn = []
     for seed, rank, step in ((1, 2, 3), (1, 2, 3), (1, 3, 2), (2, 2, 3), (1, 2, 4)):
-        checkpoint._seed_new_rank(seed, rank, step)
+        seed_new_rank(seed, rank, step)
         drawn.append(tuple(draws()))
     assert drawn[0] == drawn[1] and len(set(drawn)) == 4
 

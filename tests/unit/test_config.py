@@ -277,6 +277,23 @@ def test_evaluation_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [
+        ["--backend", "vllm"],
+        ["--similarity", "model"],
+        ["--token_metrics", "true"],
+        ["--exposure_bias", "true", "--teacher", "t"],
+    ],
+)
+def test_tasks_of_lm_eval_leave_nothing_out_in_silence(asked: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"harness runs without .*{asked[0][2:]}"):
+        load_evaluate_config(["--harness", "arc_easy", *asked])
+    load_evaluate_config(asked)
+    with pytest.raises(ConfigError, match="need harness"):
+        load_evaluate_config(["--harness_fewshot", "0"])
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"), [("0:00:00", 0), ("01:02:03", 3723), ("100:00:01", 360_001)]
 )
 def test_wall_time(text: str, seconds: float) -> None:

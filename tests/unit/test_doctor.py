@@ -202,10 +202,9 @@ def test_every_fault_point_is_listed(capsys: pytest.CaptureFixture[str]) -> None
     assert "DISTILLLENS_FAULT=" in lines[-1] and "KILL" in lines[-1]
 
 
-def test_an_unknown_flag_ends_with_2() -> None:
-    with pytest.raises(ConfigError, match="--lsit") as caught:
+def test_an_unknown_flag_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unrecognized arguments: --lsit"):
         doctor_main(["--lsit"])
-    assert caught.value.exit_code == 2
 
 
 def test_a_terminal_gets_a_table() -> None:

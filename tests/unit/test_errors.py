@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from distilllens.errors import CheckpointError, DataError, UserError, unwritable
+from distilllens.errors import (
+    CheckpointError,
+    DataError,
+    UserError,
+    asks_for_debug,
+    unwritable,
+)
 from distilllens.runtime.signals import Stopped
 
 
@@ -38,3 +44,22 @@ def test_what_cannot_be_written_is_named_with_the_reason(error: Exception, why: 
     told = unwritable(Path("a/b"), error, option="--out", kept="all else")
     assert told.what == "cannot write a/b" and told.why == why and told.exit_code == 6
     assert told.fix.endswith("another --out") and told.kept == "all else"
+
+
+@pytest.mark.parametrize(
+    ("line", "asks"),
+    [
+        ("", False),
+        ("--debug", True),
+        ("--debug --limit 0", True),
+        ("--limit 0 --debug true", True),
+        ("--debug=TRUE", True),
+        ("--debug false", False),
+        ("--debug False --limit 0", False),
+        ("--debug=false", False),
+        ("--debug --debug=false", False),
+        ("--debugger", False),
+    ],
+)
+def test_a_traceback_is_shown_where_it_is_asked_for(line: str, asks: bool) -> None:
+    assert asks_for_debug(line.split()) == asks

@@ -16,7 +16,7 @@ from distilllens.config import JudgeConfig
 from distilllens.evaluation.judge.answers import Item
 from distilllens.evaluation.judge.cache import ReplyCache
 from distilllens.evaluation.judge.client import read_body
-from distilllens.evaluation.judge.loop import Ledger, _settle
+from distilllens.evaluation.judge.loop import Ledger, _settle, highest_cost
 from distilllens.evaluation.judge.questions import (
     Conversation,
     Reply,
@@ -31,6 +31,8 @@ from distilllens.evaluation.judge.summary import (
     bootstrap_interval,
     pair_figures,
     score_figures,
+    summarise,
+    table_rows,
     wilson_interval,
 )
 
@@ -119,6 +121,14 @@ def test_an_unreadable_reply_is_asked_again_with_the_reason() -> None:
     assert conversation.verdict is None
     assert conversation.problem == "it is empty"
     assert all(message["content"] for message in conversation.messages)
+
+
+def test_a_reply_cut_inside_an_emoji_is_quoted_as_what_can_be_sent() -> None:
+    conversation = score_question("p", "a", asks=2)
+    conversation.take(read_body(b'{"choices": [{"message": {"content": "ok \\ud83d"}}]}'))
+    quoted = conversation.messages[1]["content"]
+    assert quoted.encode("utf-8") == b"ok \\ud83d"  # the six characters of its escape
+    assert highest_cost(JudgeConfig(input_price=1, output_price=1), conversation) > 0
 
 
 @pytest.mark.parametrize(
@@ -296,3 +306,25 @@ def test_score_figures_by_hand() -> None:
     assert figures["reference_score"] == 9.0
     assert figures["ratio"] == pytest.approx(14 / 18)
     assert score_figures([judged(None, index=0, pair=False)]) == {}
+
+
+def test_a_reference_without_a_verdict_costs_the_ratio_and_not_the_score() -> None:
+    """Scores 4, 6 and 8 (mean 6); the second prompt's reference has none: ratio 12 / 15."""
+    items = [
+        judged(4, 5, index=0, pair=False),
+        judged(6, None, index=1, pair=False),
+        judged(8, 10, index=2, pair=False),
+        judged(None, 10, index=3, pair=False),
+    ]
+    assert [one.outcome for one in items] == ["scored", "scored", "scored", "unparsed"]
+    figures = summarise(items, pairs=False)["s"]
+    assert (figures["n"], figures["unparsed"], figures["num_ratio_prompts"]) == (3, 1, 2)
+    assert figures["score"] == 6.0
+    assert figures["reference_score"] == 7.5
+    assert figures["ratio"] == pytest.approx(12 / 15)
+    assert "ratio" not in score_figures(items[1:2])
+    waiting = score_question("p", "r", asks=1)
+    is_open = Judged(item=items[0].item, conversations=(*items[0].conversations[:1], waiting))
+    assert is_open.outcome == "scored"
+    header, (row,) = table_rows({"s": figures}, pairs=False)
+    assert row[header.index("ratio %")].endswith("(n = 2)")

@@ -125,8 +125,8 @@ def test_every_n(
 @pytest.mark.parametrize(
     ("teacher_blocks", "student_blocks", "every", "told"),
     [
-        (12, 6, None, "needs lens.every ≥ 1, got None"),
-        (12, 6, 0, "needs lens.every ≥ 1, got 0"),
+        (12, 6, None, "needs objective.lens.every ≥ 1, got None"),
+        (12, 6, 0, "needs objective.lens.every ≥ 1, got 0"),
         (12, 6, 6, r"lens.every=6 must be in \[1, 5\] for 6 student blocks"),
         (3, 12, 2, r"student blocks \[2, 4, 6, 8, 10\] with \[1, 1, 2, 2, 3\] of 3"),  # doubled
         (2, 12, 10, r"\[10\] with \[2\] of 2"),  # the last: 10 / 6 = 1.67
@@ -160,13 +160,13 @@ def test_last_k(
 def test_explicit_needs_lists_and_takes_them() -> None:
     pairs = build_layer_pairs(12, 6, rule="explicit", teacher=[5, 12], student=[1, 6])
     assert pairs == [LayerPair(5, 1), LayerPair(12, 6)]
-    with pytest.raises(ConfigError, match=r"explicit needs lens\.teacher_layers"):
+    with pytest.raises(ConfigError, match=r"explicit needs objective\.lens\.teacher_layers"):
         build_layer_pairs(12, 6, rule="explicit")
 
 
 @pytest.mark.parametrize("rule", ["every_n", "last_k", "lens_similarity"])
 def test_lists_and_another_rule_contradict_each_other(rule: LayerRule) -> None:
-    with pytest.raises(ConfigError, match=f"lens.rule={rule}, but lens.teacher_layers") as caught:
+    with pytest.raises(ConfigError, match=f"lens.rule={rule}, but objective.lens") as caught:
         build_layer_pairs(12, 6, rule=rule, teacher=[5], student=[1], every=2)
     assert "--objective.lens.rule explicit" in caught.value.fix
 

@@ -12,6 +12,7 @@ import torch
 from model_zoo import BLOCKS, FAMILIES, MULTIPLIER, SOFT_CAP, VOCAB, WIDTH, build, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from distilllens import families
 from distilllens.errors import ConfigError
@@ -120,8 +121,12 @@ def test_self_check_passes(family: str) -> None:
     ids = token_ids(1, 8)
     for norm in ("final", "none"):
         assert LogitLens(model, norm).self_check(ids) < 1e-5
-    assert LogitLens(model.to(torch.bfloat16)).self_check(ids) < 0.05
+    parameters = list(model.to(torch.bfloat16).parameters())
+    assert LogitLens(model).self_check(ids) < 1e-5
     assert not model.training
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(not block._forward_hooks for block in LogitLens(model).parts.blocks)
 
 
 def test_self_check_passes_under_lora_and_keeps_the_mode() -> None:
@@ -196,6 +201,44 @@ def test_something_unknown_before_the_logits_is_refused() -> None:
     assert LogitLens(model).self_check(token_ids(1, 8)) < 1e-5
     model.register_forward_hook(lambda _m, _i, output: output.__setitem__("logits", output[0] + 1))
     refused(LogitLens(model), "llama")
+
+
+class Capped(GPT2LMHeadModel):
+    """A soft cap that nothing tells of, and that logits of this size hardly reach."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output: Any = super().forward(*args, **options)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_roundings_of_16_bits_would_hide_is_refused(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"n_layer": 3, "n_embd": 64, "n_head": 2, "vocab_size": 211}
+    model: Any = Capped(GPT2Config(**size, initializer_range=0.12)).eval()
+    model.to(dtype)
+    ids = torch.randint(0, 211, (1, 16))
+    with torch.no_grad():
+        bare = model.lm_head(model.transformer(ids).last_hidden_state)
+        capped = model(ids).logits
+    assert (bare - capped).abs().max() / capped.abs().max() < 0.006  # one or two roundings
+    with pytest.raises(ConfigError, match=r"'gpt2' differs .* by 0\.00") as caught:
+        LogitLens(model).self_check(ids)
+    assert "behind the head Linear stands something else than None" in caught.value.why
+
+
+def test_what_has_16_bits_only_behind_the_blocks_is_refused() -> None:
+    """A map that changes nothing, as an adapter before its training: the lens is right by luck."""
+    model: Any = build("llama")
+    model.to(torch.bfloat16)
+    after = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(after.weight)
+    model.model.norm.register_forward_hook(lambda _m, _i, normed: normed + after(normed))
+    with pytest.raises(ConfigError, match="'llama' cannot be proved in 16 bits") as caught:
+        LogitLens(model).self_check(token_ids(1, 8))
+    assert "does not run in float32" in caught.value.why and "float32" in caught.value.fix
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

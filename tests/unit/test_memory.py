@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, Workspace
+from model_zoo import BLOCKS, Size, build
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -159,6 +160,20 @@ def test_activations_are_what_autograd_keeps(
     assert counted.kept == pytest.approx(real, rel=0.06)
 
 
+def test_values_of_another_width_than_keys(plan: Callable[..., Plan]) -> None:
+    model = build("minicpm3", Size(vocab=300, width=32))
+    heads = model.config.qk_nope_head_dim + model.config.qk_rope_head_dim
+    assert heads != model.config.v_head_dim
+    shape = dataclasses.replace(
+        plan("--objective.approach", "sft"), student_config=model.config, dtype=torch.float32
+    )
+    counted = count_student(shape, build_student_shape(shape), BATCH, CPU).kept
+    assert counted == pytest.approx(saved_bytes(model.train(), BATCH), rel=0.06)
+    scores = 4 * BATCH.records * model.config.num_attention_heads * BATCH.length**2
+    on_gpu = count_student(shape, build_student_shape(shape), BATCH, CUDA).kept
+    assert counted - on_gpu > BLOCKS * scores / 2, "its kernels know such values"
+
+
 def test_gradient_checkpointing_keeps_the_inputs_of_the_blocks(plan: Callable[..., Plan]) -> None:
     few = plan("--objective.approach", "sft", "--model.gradient_checkpointing", "true")
     step = count_student(few, build_student_shape(few), BATCH, CPU)
@@ -239,7 +254,7 @@ def test_weights_are_shared_out_in_stage_3_only(plan: Callable[..., Plan]) -> No
         share = 4 if stage == 3 else 1
         assert parts["student weights"] * 1e9 == pytest.approx(4 * counts.parameters / share)
         assert parts["teacher weights"] * 1e9 == pytest.approx(
-            counts.teacher_weights + counts.teacher_blocks
+            counts.teacher_weights + counts.teacher_body
         )
 
 
@@ -312,6 +327,22 @@ def test_the_longest_batch_is_that_of_the_data_if_it_is_known(plan: Callable[...
     assert found == BatchShape(records=2, length=9, rows=8)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "records", "length"),
+    [
+        ([150, 20, 150, 150, 150], 1, 600),  # more than 512, but not enough for two rows
+        ([400, 300, 200, 124], 2, 524),  # 1,024 tokens: 400 with 124, 300 with 200
+    ],
+)
+def test_the_longest_batch_of_packed_records_holds_their_tokens(
+    lengths: list[int], records: int, length: int, plan: Callable[..., Plan]
+) -> None:
+    flags = ("--optim.micro_batch_size", "4", "--data.max_length", "512", "--data.packing", "true")
+    found = longest_batch(plan(*flags), lengths=lengths, rows=[2] * len(lengths))
+    assert found == BatchShape(records=records, length=length, rows=8)
+    assert longest_batch(plan(*flags)) == BatchShape(records=4, length=512, rows=2048)
+
+
 def rows_of(table: Table) -> dict[str, list[str]]:
     """Returns the cells of each row of a table by its name, as they stand in 80 columns."""
     console = Console(width=80)
@@ -365,26 +396,68 @@ def test_the_estimate_is_within_15_percent_of_a_measured_run(tmp_path: Path) -> 
     assert needed == pytest.approx(float(row["measured_gb"]) - runtime, rel=0.35)
 
 
+IN_BLOCKS = 6 * (12 * 48**2 + 13 * 48)
+"""Weights of the blocks of the workspace's teacher: GPT-2 of width 48."""
+TIED, POSITIONS = 300 * 48 + 2 * 48, 128 * 48
+"""Of its head, which is its embedding, with the final norm; and of its position embedding."""
+
+
 @pytest.mark.parametrize(
-    ("option", "value", "blocks_on_device", "beside"),
+    ("option", "value", "on_device", "beside"),
     [
-        ("placement", "sharded", 1 / 4, 0),
-        ("placement", "cpu", 0, 1 / 4),
-        ("quantization", "8bit", 1 / 4, 0),  # one byte instead of four
-        ("quantization", "4bit", 0.5625 / 4, 0),
+        ("placement", "device", 4 * (TIED + POSITIONS + IN_BLOCKS), 0),
+        ("placement", "sharded", 4 * TIED + (POSITIONS + IN_BLOCKS), 0),
+        ("placement", "cpu", 4 * TIED, POSITIONS + IN_BLOCKS),
+        ("quantization", "8bit", 4 * (TIED + POSITIONS) + IN_BLOCKS, 0),
+        ("quantization", "4bit", 4 * (TIED + POSITIONS) + 0.5625 * IN_BLOCKS, 0),
     ],
 )
-def test_a_teacher_in_parts_or_in_few_bits(
-    option: str, value: str, blocks_on_device: float, beside: float, plan: Callable[..., Plan]
+def test_a_teacher_in_four_parts_or_in_few_bits(
+    option: str, value: str, on_device: float, beside: float, plan: Callable[..., Plan]
 ) -> None:
-    whole = count_run(plan(), BATCH, CUDA)
     shape = plan(f"--model.teacher_{option}", value)
     found = estimate_memory(shape, 4, counts=count_run(shape, BATCH, CUDA), device=CUDA)
-    expected = whole.teacher_weights + blocks_on_device * whole.teacher_blocks
-    assert found.device["teacher weights"] * 1e9 == pytest.approx(expected)
-    assert found.host.get("teacher weights", 0) * 1e9 == pytest.approx(
-        beside * whole.teacher_blocks
-    )
+    assert found.device["teacher weights"] * 1e9 == pytest.approx(on_device)
+    assert found.host.get("teacher weights", 0) * 1e9 == pytest.approx(beside)
+
+
+@pytest.mark.parametrize("placement", ["sharded", "cpu"])
+def test_an_untied_embedding_is_divided_too(
+    placement: str, plan: Callable[..., Plan], tiny_llama: Callable[..., PreTrainedModel]
+) -> None:
+    teacher = tiny_llama(n_layer=4, n_embd=32)
+    shape = plan("--model.teacher_placement", placement)
+    shape = dataclasses.replace(shape, teacher_config=teacher.config)
+    found = estimate_memory(shape, 4, counts=count_run(shape, BATCH, CUDA), device=CUDA)
+    whole = 300 * 32 + 32  # head and final norm
+    part = (sum(p.numel() for p in teacher.parameters()) - whole) / 4
+    on_device, beside = (whole + part, 0) if placement == "sharded" else (whole, part)
+    assert found.device["teacher weights"] * 1e9 == pytest.approx(4 * on_device)
+    assert found.host.get("teacher weights", 0) * 1e9 == pytest.approx(4 * beside)
+
+
+def test_loading_is_a_moment_of_stage_3(plan: Callable[..., Plan]) -> None:
+    """One weight is whole on the device, or all where layer pairs are measured; no optimizer."""
+    shape = at_stage(plan(), 3)
+    counts = dataclasses.replace(count_run(shape, BATCH, CUDA), largest=10**10)
+    found = estimate_memory(shape, 4, counts=counts, device=CUDA)
+    assert found.moment == "loading" and "optimizer" not in found.device
+    assert found.device["weights to divide"] == pytest.approx(4 * 10)
+    assert found.device["student weights"] * 1e9 == pytest.approx(4 * counts.parameters / 4)
+    open_ = at_stage(plan("--objective.lens.rule", "lens_similarity"), 3)
+    counts = dataclasses.replace(counts, parameters=2 * 10**10, largest=10**6, trained=10**6)
+    assert estimate_memory(shape, 32, counts=counts, device=CUDA).total < 10
+    found = estimate_memory(open_, 32, counts=counts, device=CUDA)
+    assert found.moment == "loading" and found.device["student weights"] == pytest.approx(80)
+
+
+def test_a_divided_student_is_whole_in_main_memory_first(plan: Callable[..., Plan]) -> None:
+    path = PROJECT / "configs" / "deepspeed" / "zero3_offload_params_fp32.json"
+    shape = plan("--deepspeed", str(path), "--model.student_lora.r", "2")
+    counts = dataclasses.replace(count_run(shape, BATCH, CUDA), parameters=10**10)
+    host = estimate_memory(shape, 4, counts=counts, device=CUDA).host
+    assert host["student weights"] == pytest.approx(10)
+    assert sum(host.values()) - host["runtime"] == pytest.approx(40 + 10)
 
 
 def test_projectors_are_trained_too(plan: Callable[..., Plan]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,23 +21,24 @@ from tokenizers.models import BPE
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distilllens.__main__ import main
-from distilllens.config import SamplingConfig, dump_config, load_config
+from distilllens.config import (
+    EvaluateConfig,
+    SamplingConfig,
+    dump_config,
+    load_config,
+    load_evaluate_config,
+)
 from distilllens.data.encode import encode_prompts
 from distilllens.data.prompts import alpaca_prompt, chat_template
 from distilllens.errors import DataError
 from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
+from distilllens.public import public_command, public_path, public_text
 from distilllens.publish import card as model_card
-from distilllens.publish import card_facts
 from distilllens.publish.card import own_licence
 from distilllens.publish.card_facts import (
-    FACTS_FILE,
     CardFacts,
     count_parameters,
     facts_of_run,
-    find_licence,
-    public_command,
-    public_path,
-    public_text,
     read_facts,
 )
 from distilllens.publish.export import (
@@ -45,7 +47,8 @@ from distilllens.publish.export import (
     with_chat_template,
     write_model,
 )
-from distilllens.runs import RunFolder
+from distilllens.publish.licences import find_licence
+from distilllens.runs import FACTS_FILE, RunFolder
 
 ENGINE = SimpleNamespace(zero_optimization_partition_weights=lambda: False)
 SECRET = "hf_" + "a1B2" * 8
@@ -74,14 +77,14 @@ def test_paths_outside_the_project_lose_their_folders(path: str, shown: str) -> 
 
 
 def test_paths_inside_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_facts, "PROJECT", tmp_path)
+    monkeypatch.setattr("distilllens.public.PROJECT", tmp_path)
     assert public_path(f"{tmp_path}/checkpoints/a") == "checkpoints/a"
     (tmp_path / "scratch").mkdir()
     for folder in ("/", tmp_path.parent):  # below the working folder: no user's name comes through
         monkeypatch.chdir(folder)
         assert public_path("/home/alice/a") == "a"
         assert public_path(f"{tmp_path.parent}/alice/ckpt/gpt2") == "gpt2"
-    monkeypatch.setattr(card_facts, "PROJECT", Path("/"))
+    monkeypatch.setattr("distilllens.public.PROJECT", Path("/"))
     assert public_path("/home/alice/a") == "a"
 
 
@@ -373,7 +376,11 @@ def test_card_tells_the_training(best: Path) -> None:
         "| optimizer steps | 30 of 40 |",  # 120 records / (2 · 3 · 2) = 10 an epoch, 4 epochs
         *("| epochs at this step | 3.00 |", "12 records: 2 × 3 accumulated × 2 processes"),
         *("| precision | bfloat16 |", "ZeRO stage 2", "`c0ffee`", "torch 2.13.0"),
-        *("| loss | 1.25 |", "torchrun --nproc_per_node 2 train.py", "`dolly/raw.jsonl`"),
+        *(
+            "| Loss (nats per token) | 1.25 |",
+            "torchrun --nproc_per_node 2 train.py",
+            "`dolly/raw.jsonl`",
+        ),
         "| data | unknown: check before you publish |",
         'messages = [{"role": "user"',
     ):
@@ -570,6 +577,77 @@ def test_batch_limits_are_no_way_of_answering(best: Path) -> None:
     assert "| toy | Rouge-L | 20.00 ± 0.00 | 2 | 50 |" in (best / "README.md").read_text()
 
 
+def write_measured(root: Path, asked: EvaluateConfig, checkpoint: str) -> None:
+    """Writes what evaluate.py leaves of a set of 12 prompts with the token metrics."""
+    identity = {"weights and tokenizer": checkpoint, "records": "r", "dtype": asked.dtype}
+    measured = {"nll": 1.3625, "kl_teacher_student": 0.25}
+    for position, seed in enumerate(asked.eval.seeds):
+        counts = {"num": 12, "truncated": position, "truncated_percent": 100 * position / 12}
+        content = {
+            "metrics": {"rougeL": 20.0 + position, "exact_match": 0.0, **counts, **measured},
+            "measures": {"token_metrics": {"teacher": "t", "metrics": sorted(measured)}},
+            **{"set": "toy", "seed": seed, "name": "toy", "identity": identity},
+            "config": dataclasses.asdict(asked),
+        }
+        file = root / f"seed{seed}/toy/results.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+
+
+def test_what_is_measured_once_has_no_spread_and_counts_are_no_scores(best: Path) -> None:
+    asked = load_evaluate_config(["--eval.seeds", "[10, 20, 30]", "--token_metrics"])
+    write_measured(Path("all"), asked, checkpoint_fingerprint(str(best)))
+    assert main(["card", str(best), "--eval", "all"]) == 0
+    card = ModelCard.load(best / "README.md")
+    lines = [line.split(" | ") for line in card.text.splitlines() if line.startswith("| toy |")]
+    assert [[line[1], line[2], line[3]] for line in lines] == [
+        ["Rouge-L", "21.00 ± 1.00", "3"],
+        ["Exact match (%)", "0.00 ± 0.00", "3"],
+        ["Truncated answers (%)", "8.33 ± 8.33", "3"],  # of 12 answers 0, 1 and 2
+        ["Loss on the references (nats per token)", "1.36", "1"],
+        ["KL(teacher‖student) (nats per token)", "0.25", "1"],
+    ]
+    assert "| n | prompts |" in card.text
+    results = {result.metric_type: result for result in card.data.eval_results or []}
+    assert {*results} == {"rouge", "exact_match", "nll", "kl_teacher_student", "truncated_percent"}
+    assert results["nll"].metric_args["n"] == 1 and "sd" not in results["nll"].metric_args
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--limit 12 --eval.seeds [7,8] --eval.long_prompts drop --eval.do_sample false",
+        "--limit all --bad_lines skip --eval.seeds [10] --dtype float32 --data_dir own/data",
+        "--token_metrics true --teacher 'own models/t' --teacher_lora own/adapter",
+        "",
+    ],
+)
+def test_the_cards_command_asks_for_what_made_its_scores(best: Path, flags: str) -> None:
+    asked = load_evaluate_config(["--sets", "[toy]", *shlex.split(flags)])
+    write_measured(Path("all"), asked, checkpoint_fingerprint(str(best)))
+    for file in Path("all").rglob("results.json") if not asked.token_metrics else ():
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "measures": {}}))
+    assert main(["card", str(best), "--eval", "all"]) == 0
+    text = (best / "README.md").read_text()
+    (command,) = [line for line in text.splitlines() if line.startswith("python evaluate.py")]
+    again = load_evaluate_config(shlex.split(command)[2:])
+    places = {"checkpoint": asked.checkpoint, "output_dir": asked.output_dir}
+    assert dataclasses.asdict(again) | places == dataclasses.asdict(asked)
+    assert f'long_prompts "{asked.eval.long_prompts}"' in text
+
+
+def test_a_measure_of_a_later_command_is_asked_for_too(best: Path) -> None:
+    """Its own file names the teacher, the cells' configuration does not."""
+    asked = load_evaluate_config(["--sets", "[toy]", "--eval.seeds", "[10]"])
+    write_measured(Path("all"), asked, checkpoint_fingerprint(str(best)))
+    Path("all/token_metrics").mkdir()
+    told = {"metrics": {}, "identity": {"teacher": "t"}, "teacher": "/home/alice/models/big"}
+    Path("all/token_metrics/toy.json").write_text(json.dumps(told))
+    assert main(["card", str(best), "--eval", "all"]) == 0
+    assert "--teacher big --token_metrics true" in (best / "README.md").read_text()
+
+
 def test_a_card_does_not_change_what_a_model_is(best: Path) -> None:
     before = checkpoint_fingerprint(str(best))
     assert main(["card", str(best), "--licence", "apache-2.0"]) == 0
@@ -587,7 +665,7 @@ def test_a_run_of_an_earlier_version_gets_a_card(run: RunFolder, best: Path) -> 
     run.metrics.write_text('{"step": 20, "eval/dev/loss": 2.5, "perf/eval_s": 1}\n{"step": 4')
     assert main(["card", str(best)]) == 0
     text = (best / "README.md").read_text()
-    assert "| optimizer steps | 20 of 40 |" in text and "| loss | 2.5 |" in text
+    assert "| optimizer steps | 20 of 40 |" in text and "| Loss (nats per token) | 2.5 |" in text
     assert "model was not trained on that template" in text
 
 
@@ -595,7 +673,10 @@ def test_what_cannot_get_a_card(
     run: RunFolder, best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["card", "nowhere"]) == 2
-    assert "no model's folder" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "model folder nowhere not found" in told and "fix: put" in told
+    assert main(["card", str(run.root)]) == 2  # the likeliest mistake
+    assert f"fix: give the path {best}" in capsys.readouterr().err
     best.rename(tmp_path / "moved")
     (tmp_path / "moved" / FACTS_FILE).write_text("{}")
     assert main(["card", "moved"]) == DataError.exit_code

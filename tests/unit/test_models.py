@@ -21,6 +21,8 @@ from torch import nn
 from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -29,6 +31,7 @@ from distilllens.config import LoraConfig, ModelConfig
 from distilllens.errors import ConfigError
 from distilllens.families import find_parts, run_body
 from distilllens.lens import LogitLens
+from distilllens.model_files import check_adapter
 from distilllens.models import (
     check_same_tokens,
     load_model,
@@ -97,7 +100,7 @@ def test_missing_folder(load: Callable[[str], object], name: str, tmp_path: Path
         load(path)
     assert time.monotonic() - start < 2
     assert caught.value.what == f"model folder {path} not found"
-    assert "--model" in caught.value.fix or "model.student" in caught.value.fix
+    assert "checkpoints/README.md" in caught.value.fix
 
 
 def test_relative_paths_are_folders_where_their_parent_is(
@@ -311,6 +314,42 @@ def test_families_that_predict_no_next_token(folder: Path) -> None:
     assert refused(load_model_config, folder) == "clip is no causal language model"
 
 
+@pytest.mark.parametrize("load", [load_model_config, load_tokenizer])
+def test_the_option_is_named(load: Callable[..., object], folder: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "gone", tmp_path, folder / "config.json"):
+        with pytest.raises(ConfigError) as caught:
+            load(str(path), option="--model.teacher")
+        assert caught.value.fix.endswith("give another --model.teacher")
+
+
+@pytest.mark.parametrize("name", ["best", "latest"])
+def test_a_run_for_its_model(folder: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / name)
+    with pytest.raises(ConfigError, match=r"run holds no tokenizer_config\.json") as caught:
+        load_tokenizer(f"{run}/", option="--checkpoint")
+    assert caught.value.fix == f"give --checkpoint {run / name}"
+    assert "folder of a run" in caught.value.why
+    with pytest.raises(ConfigError, match="adapter_config") as caught:
+        check_adapter(str(run), "--teacher_lora")
+    assert caught.value.fix.endswith("give another --teacher_lora")
+    assert "adapter_model.safetensors" in caught.value.why
+
+
+def test_a_home_is_asked_for_in_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some libraries read ~ as a home, and some do not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for load in LOADERS:
+        with pytest.raises(ConfigError, match="model folder ~/model not found") as caught:
+            load("~/model")
+        assert caught.value.fix == f"give the path in full, {folder}"
+    with pytest.raises(ConfigError, match="adapter folder ~/model not found"):
+        check_adapter("~/model", "--model.teacher_lora")
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "~nobody-of-that-name/model"])
 def test_paths_that_cannot_be(path: str) -> None:
     with pytest.raises(ConfigError, match=f"model folder {path[:100]}.* not found"):
@@ -486,6 +525,15 @@ def test_a_rank_beyond_the_width(folder: Path) -> None:
     config = ModelConfig(student=str(folder), student_lora=LoraConfig(r=10**9))
     with pytest.raises(ConfigError, match=r"student_lora\.r=1000000000 must be in \[1, 32\]"):
         load_student(config, dtype=torch.float32)
+
+
+def test_layers_that_take_no_adapter(tmp_path: Path) -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2))
+    model.save_pretrained(tmp_path)
+    config = ModelConfig(student=str(tmp_path), student_lora=LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="does not go with the family 'mamba'") as caught:
+        load_student(config, dtype=torch.float32)
+    assert caught.value.why and "--model.student_lora null" in caught.value.fix
 
 
 def test_student_adapter(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:

@@ -181,31 +181,50 @@ def test_weights_by_depth(order: str, layers: list[int], expected: list[float]) 
     assert built.lens_weights == pytest.approx([3 * w / len(layers) for w in expected])
 
 
-def test_the_share_of_a_step_weighs_the_lens_alone() -> None:
+def test_the_shares_of_a_step_weigh_the_lens_alone() -> None:
     lens = objective({"coeff": 0.5}, kd_ratio=0.3)
     whole = lens.terms(rows(4), rows(6), TARGETS, scale=10.0)
-    part = lens.terms(rows(4), rows(6), TARGETS, scale=10.0, lens_share=0.25)
-    for before, after, factor in zip(whole, part, (1, 0.25, 0.25), strict=True):
+    part = lens.terms(rows(4), rows(6), TARGETS, scale=10.0, lens_shares=[0.25, 0.75])
+    for before, after, factor in zip(whole, part, (1, 0.25, 0.75), strict=True):
         assert after.divergence_weight == pytest.approx(factor * before.divergence_weight)
         assert after.cross_entropy_weight == before.cross_entropy_weight
 
 
+def test_the_mean_over_pairs_counts_those_that_have_not_joined() -> None:
+    """λ / 2 for the one of two pairs that is there, not λ."""
+    lens = objective({"coeff": 3.0})
+    _, shallow, deep = lens.terms(rows(4), rows(6), TARGETS, scale=1.0, lens_shares=[0.0, 1.0])
+    assert (shallow.divergence_weight, deep.divergence_weight) == (0.0, 1.5)
+
+
 def test_the_loss_of_steps_with_different_shares() -> None:
-    """Two steps with λ = 0.5 · 0.2 and 0.5 · 0.8; the parts are means over both all the same."""
-    lens = objective({"coeff": 0.5, "weights": [1.0, 3.0]}, kd_ratio=0.3)
-    steps = [
-        (0.2, [[20.0, 8.0], [0.0, 4.0], [0.0, 12.0]]),
-        (0.8, [[10.0, 6.0], [0.0, 2.0], [0.0, 6.0]]),
-    ]
-    sums = [[30.0, 14.0], [0.0, 6.0], [0.0, 18.0]]
-    scheduled = [
-        [sum(share * values[k][n] for share, values in steps) for n in (0, 1)] for k in range(3)
-    ]
-    losses = lens.losses(sums, 4, scheduled)
-    first = 0.7 * 20 + 0.3 * (8 + 0.1 * (0.5 * 4 + 1.5 * 12) / 2)
-    second = 0.7 * 10 + 0.3 * (6 + 0.4 * (0.5 * 2 + 1.5 * 6) / 2)
-    assert losses["loss"] == pytest.approx((first + second) / 4)
+    """λ = 0.5, of two pairs first 0.2 and 0.6, then 0.8 and 1; the parts are means of both steps.
+
+    The last row is of hidden states, which no share weighs.
+    """
+    hidden = HiddenConfig(coeff=2.0)
+    lens = objective({"coeff": 0.5, "weights": [1.0, 3.0]}, kd_ratio=0.3, hidden=hidden)
+    first = torch.tensor([[20.0, 8.0], [0.0, 4.0], [0.0, 12.0], [0.0, 1.0], [0.0, 3.0]])
+    second = torch.tensor([[10.0, 6.0], [0.0, 2.0], [0.0, 6.0], [0.0, 5.0], [0.0, 7.0]])
+    scheduled = lens.scheduled(first, [0.2, 0.6]) + lens.scheduled(second, [0.8, 1.0])
+    losses = lens.losses((first + second).tolist(), 4, scheduled.tolist())
+    one = 0.7 * 20 + 0.3 * (8 + 0.5 * (0.2 * 0.5 * 4 + 0.6 * 1.5 * 12) / 2 + 2 * (1 + 3) / 2)
+    other = 0.7 * 10 + 0.3 * (6 + 0.5 * (0.8 * 0.5 * 2 + 1.0 * 1.5 * 6) / 2 + 2 * (5 + 7) / 2)
+    assert losses["loss"] == pytest.approx((one + other) / 4)
     assert losses["loss/lens"] == pytest.approx((0.5 * 6 + 1.5 * 18) / 2 / 4)
+
+
+def test_named_coefficients_of_a_schedule() -> None:
+    assert objective({"coeff": 3.0}).lens_coefficients([1.0, 1.0]) == {}
+    assert objective(approach="kd").lens_coefficients([]) == {}
+    ramp = objective({"coeff": 3.0, "schedule": "ramp"})
+    assert ramp.lens_coefficients([0.5, 0.5]) == {"lens_coeff": 1.5}
+    joining = objective({"coeff": 3.0, "schedule": "deepest_first", "weights": [1.0, 3.0]})
+    assert joining.lens_coefficients([0.5, 1.0]) == {
+        "lens_coeff": 2.25,
+        "lens_coeff/deepest_first/L01": 1.5,
+        "lens_coeff/deepest_first/L12": 3.0,
+    }
 
 
 # --- Hidden states ------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ IDS = torch.randint(1, 61, (1, 8), generator=torch.Generator().manual_seed(1))
 def test_exact(family: str) -> None:
     model = build(family)
     assert LogitLens(model).self_check(IDS) < 1e-5
+    assert LogitLens(model.to(torch.bfloat16)).self_check(IDS) < 1e-5
     assert len(find_parts(model).blocks) == 3
     assert find_parts(model).body is not model
 

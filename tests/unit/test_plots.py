@@ -28,8 +28,8 @@ from distilllens.report.runs.curves import Curve
 from distilllens.report.runs.groups import RunGroup
 from distilllens.report.runs.metrics_file import MetricsLine
 from distilllens.report.runs.record import RunRecord
+from distilllens.report.scores.table import Row, ScoreTable, Summary
 from distilllens.report.style import DARK, LIGHT, THEMES, add_legend, figure_png, figure_svg
-from distilllens.report.tables import Row, ScoreTable, Summary
 
 
 def run_of(lines: Sequence[MetricsLine], label: str = "run") -> RunRecord:
@@ -159,6 +159,18 @@ def test_layers_are_a_heatmap_deep_ones_above() -> None:
     # Cells end half way to the next step: 10 | 20 | 40.
     assert np.asarray(mesh.get_coordinates())[0, :, 0].tolist() == [5.0, 15.0, 30.0, 50.0]
     assert mesh.get_clim() == (0.0, 0.4)
+
+
+def test_the_weights_of_pairs_that_join_are_a_heatmap_of_their_own() -> None:
+    line = {"step": 1, "train/lens_coeff": 0.5, "train/lens/jsd/L01": 0.1}
+    line |= {"train/lens_coeff/deepest_first/L01": 0.0, "train/lens_coeff/deepest_first/L02": 1.0}
+    group = group_of([line])
+    shown = [panel.caption for panel in layer_panels([group])]
+    assert shown == [
+        "Lens divergence (jsd) by layer, deep ones above.",
+        "Weight of the lens (deepest_first) by layer, deep ones above.",
+    ]
+    assert [curve.title for curve, _ in curve_panels([group])] == ["Weight of the lens term"]
 
 
 def test_heatmaps_of_one_kind_share_their_colours() -> None:

@@ -1,4 +1,4 @@
-"""The learning rate and the lens's share at chosen steps, in closed form."""
+"""The learning rate and the lens's shares at chosen steps, in closed form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distilllens.config import LensConfig, OptimConfig
-from distilllens.training.schedule import learning_rate, lens_share, warmup_steps
+from distilllens.training.schedule import learning_rate, lens_shares, warmup_steps
 
 COSINE = OptimConfig(lr=1.0, lr_min=0.2, schedule="cosine")
 LINEAR = OptimConfig(lr=1.0, lr_min=0.2, schedule="linear")
@@ -94,18 +94,65 @@ def test_never_above_the_peak_and_never_back_up(total: int, warmup: float, sched
     ],
 )
 def test_course_of_the_lens(schedule: str, share: float, expected: list[float]) -> None:
+    """The same for all pairs."""
     lens = LensConfig(schedule=schedule, schedule_share=share, coeff=7.0)  # type: ignore[arg-type]
-    assert [lens_share(lens, step, 8) for step in range(8)] == pytest.approx(expected)
+    for step, value in enumerate(expected):
+        assert lens_shares(lens, 3, step, 8) == pytest.approx([value] * 3)
+        assert lens_shares(lens, 0, step, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "turns"),
+    [
+        # Two steps a pair: half way up, up, and then the next.
+        (0.75, [(0, 0, 0), (0.5, 0, 0), (1, 0, 0), (1, 0.5, 0), (1, 1, 0), (1, 1, 0.5), (1, 1, 1)]),
+        # 4 steps for 3 pairs: 3/4 of a pair each step.
+        (0.5, [(0, 0, 0), (0.75, 0, 0), (1, 0.5, 0), (1, 1, 0.25), (1, 1, 1), (1, 1, 1)]),
+        (0.01, [(0, 0, 0), (1, 1, 1)]),
+    ],
+)
+def test_pairs_join_one_after_another(share: float, turns: list[tuple[float, ...]]) -> None:
+    """Eight steps, three pairs."""
+    deep = LensConfig(schedule="deepest_first", schedule_share=share)
+    shallow = LensConfig(schedule="shallowest_first", schedule_share=share)
+    for step, expected in enumerate([*turns, (1, 1, 1)]):
+        assert lens_shares(shallow, 3, step, 8) == pytest.approx(expected)
+        assert lens_shares(deep, 3, step, 8) == pytest.approx(expected[::-1])
+    assert lens_shares(shallow, 3, 7, 8) == lens_shares(deep, 3, 7, 8) == [1.0] * 3
+
+
+@given(
+    total=st.integers(1, 500),
+    share=st.floats(1e-3, 1),
+    pairs=st.integers(1, 9),
+    order=st.sampled_from(["deepest_first", "shallowest_first"]),
+)
+def test_joining_pairs_weigh_as_a_ramp_in_all(
+    total: int, share: float, pairs: int, order: str
+) -> None:
+    joining = LensConfig(schedule=order, schedule_share=share)  # type: ignore[arg-type]
+    ramp = LensConfig(schedule="ramp", schedule_share=share)
+    before = [0.0] * pairs
+    for step in range(total):
+        shares = lens_shares(joining, pairs, step, total)
+        (mean,) = lens_shares(ramp, 1, step, total)
+        assert sum(shares) / pairs == pytest.approx(mean, abs=1e-9)
+        assert all(0 <= old <= new <= 1 for old, new in zip(before, shares, strict=True))
+        assert shares == sorted(shares, reverse=order == "shallowest_first")
+        assert sum(0 < value < 1 for value in shares) <= 1
+        before = shares
 
 
 @given(total=st.integers(1, 5000), share=st.floats(1e-4, 1))
 def test_the_lens_rises_and_falls_in_lines(total: int, share: float) -> None:
     ramp = LensConfig(schedule="ramp", schedule_share=share)
     decay = LensConfig(schedule="decay", schedule_share=share)
-    rising = [lens_share(ramp, step, total) for step in range(total)]
+    rising, falling = (
+        [lens_shares(lens, 1, step, total)[0] for step in range(total)] for lens in (ramp, decay)
+    )
     assert rising[0] == 0.0 and all(0 <= value <= 1 for value in rising)
     climbs = [after - before for before, after in itertools.pairwise(rising)]
     whole = [climb for climb in climbs if climb > 1e-9][:-1]  # the last one may be cut off at 1
     assert all(climb == pytest.approx(climbs[0], rel=1e-6) for climb in whole)
     assert rising.count(1.0) == pytest.approx(max(0, total - share * total), abs=1)
-    assert [lens_share(decay, step, total) for step in range(total)] == rising[::-1]
+    assert falling == rising[::-1]

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -69,6 +70,33 @@ def test_an_error_there_is_an_error_here(monkeypatch: pytest.MonkeyPatch) -> Non
             while True:
                 scorer.add(1, "a", ["a"])
                 scorer.collect()
+
+
+@pytest.mark.parametrize("noise", ["module loaded: cuda", "[1, 2]", "naïve"])
+def test_whatever_is_no_score_ends_the_wait(
+    noise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine's own Python start-up file may write to the same pipe."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nos.write(1, {(noise + chr(10)).encode()!r})"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(scoring, "MIN_PAIRS", 0)
+    found: list[Exception] = []
+
+    def score() -> None:
+        with Scorer(1, pairs=1) as scorer:
+            scorer.add(0, "a", ["a"])
+            try:
+                scorer.collect()
+            except RuntimeError as error:
+                found.append(error)
+
+    thread = threading.Thread(target=score, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert "score_workers 0" in str(found[0])
 
 
 def test_the_process_loads_no_heavy_library() -> None:

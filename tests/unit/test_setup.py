@@ -95,6 +95,8 @@ def test_optim_section_goes_into_the_deepspeed_file(tmp_path: Path) -> None:
     assert content["gradient_accumulation_steps"] == 5
     assert content["gradient_clipping"] == 0.25
     assert content["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    alone, _ = load(tmp_path, {"zero_optimization": {"stage": 0}})
+    assert alone["gradient_clipping"] == 0.0  # the trainer clips, and keeps the norm
     assert load(tmp_path, BF16)[1] == load(tmp_path, BF16, "bfloat16")[1] == torch.bfloat16
     assert load(tmp_path, FP16)[1] == load(tmp_path, FP16, "float16")[1] == torch.float16
     assert content["zero_force_ds_cpu_optimizer"] is False  # our AdamW also beside the CPU's states
@@ -118,7 +120,14 @@ def test_optim_section_goes_into_the_deepspeed_file(tmp_path: Path) -> None:
         (offload(0, offload_optimizer={"device": "cpu"}), "auto", "needs ZeRO stage 1 or more"),
         (offload(2, offload_param={"device": "cpu"}), "auto", "offload_param needs ZeRO stage 3"),
         (offload(3, offload_param={"device": "nvme"}), "auto", "must be none or cpu, got 'nvme'"),
-        (offload(3, offload_optimizer=True), "auto", "must be none or cpu, got True"),
+        (offload(3, offload_optimizer=True), "auto", "offload_optimizer must be an object, got Tr"),
+        (
+            offload(1, offload_optimizer="cpu"),
+            "auto",
+            "offload_optimizer must be an object, got 'c",
+        ),
+        (offload(3, offload_param=[]), "auto", r"offload_param must be an object, got \[\]"),
+        (offload(3, offload_param={"device": True}), "auto", "must be none or cpu, got True"),
         (
             offload(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
             "auto",
@@ -129,6 +138,22 @@ def test_optim_section_goes_into_the_deepspeed_file(tmp_path: Path) -> None:
 def test_refused_deepspeed_files(tmp_path: Path, content: Any, dtype: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load(tmp_path, content, dtype)
+
+
+def test_a_deepspeed_file_is_looked_for_from_the_projects_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path, told in (("configs/deepspeed/zero2_bf16.json", True), (f"{tmp_path}/x.json", False)):
+        with pytest.raises(ConfigError, match="no such file") as caught:
+            load_deepspeed_config(TrainConfig(deepspeed=path))
+        assert ("paths start at the project's root" in caught.value.fix) is told
+        assert (str(tmp_path) in caught.value.why) is told
+
+
+def test_no_offload_can_be_written_as_null(tmp_path: Path) -> None:
+    content, _ = load(tmp_path, offload(2, offload_optimizer=None))
+    assert content["zero_optimization"]["offload_optimizer"] is None
 
 
 # --- Steps --------------------------------------------------------------------------------------

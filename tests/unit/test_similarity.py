@@ -87,6 +87,32 @@ def test_many_texts_keep_their_order(model: SentenceModel, monkeypatch: pytest.M
     )
 
 
+def test_too_little_memory_halves_the_batch(
+    model: SentenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.similarities(SAMPLES, lambda _: None)
+    tried: list[int] = []
+    encode = model._model.encode
+
+    def fail_over_two(texts: list[str], *, batch_size: int, **options: Any) -> Any:
+        tried.append(batch_size)
+        if batch_size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(texts, batch_size=batch_size, **options)
+
+    room = 2
+    monkeypatch.setattr(model._model, "encode", fail_over_two)
+    monkeypatch.setattr(model, "_batch_texts", 64)
+    monkeypatch.setattr(model, "_known", {})
+    steps: list[int] = []
+    assert model.similarities(SAMPLES, steps.append) == pytest.approx(expected, abs=1e-6)
+    assert tried == [64, 32, 16, 8, 4, 2, 2]  # the references, then the answers
+    assert sum(steps) == count_texts(SAMPLES)
+    room = 0
+    with pytest.raises(ConfigError, match="not even one text"):
+        model.similarities(SAMPLES, lambda _: None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the model's small files, without its weights."""
@@ -102,8 +128,9 @@ def test_the_package_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strangers_folders_are_looked_at_first(folder: Path, tmp_path: Path) -> None:
     assert check_sentence_model(str(folder), None)
-    with pytest.raises(ConfigError, match="not found"):
+    with pytest.raises(ConfigError, match="sentence model folder") as caught:
         check_sentence_model(str(tmp_path / "none"), None)
+    assert caught.value.fix.endswith("or give another --similarity")
 
     modules = json.loads((folder / "modules.json").read_text())
     modules[0]["type"] = "evil.Module"

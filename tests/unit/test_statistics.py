@@ -89,6 +89,16 @@ def test_equal_values_have_no_spread() -> None:
     assert resample(np.full(7, 3.25)).interval() == (3.25, 3.25)
 
 
+@pytest.mark.parametrize("n", [3, 20, 80, 252])
+def test_equal_values_that_have_no_exact_mean_have_no_spread(n: int) -> None:
+    """Sums of 700 / 11 round, so the variance is not 0 but about 1e-32 of its square."""
+    for value in (700 / 11, 100 / 3, 1e-9 / 3, 1e6 / 7):
+        low, high = resample(np.full(n, value)).interval()
+        assert (low, high) == pytest.approx((value, value), rel=1e-12)
+    almost = resample(np.full(n, 700 / 11) + 1e-6 * np.arange(n))
+    assert almost.interval()[0] < almost.mean < almost.interval()[1]
+
+
 def test_the_same_scores_give_the_same_bytes_and_sets_are_drawn_independently() -> None:
     values = skewed(500, 4)
     first, again, other = resample(values), resample(values), resample(values, "vicuna")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
 
+from distilllens.config import clock
 from distilllens.errors import ConfigError
 from distilllens.report.tables import Marks, to_latex, to_markdown
 from distilllens.sweep.cells import build_cells, cell_path, refused_options, train_command
-from distilllens.sweep.jobs import clock, error_text, last_line
+from distilllens.sweep.jobs import Job, Runner, error_text, last_line, visible_gpus
 from distilllens.sweep.paired import PairedDifference, paired_difference
 from distilllens.sweep.spec import Sweep, read_sweep
 
@@ -191,6 +194,8 @@ def test_one_seed_tells_nothing_about_noise() -> None:
 
 
 class Lines:
+    text_columns: ClassVar[tuple[int, ...]] = (0,)
+
     def header(self) -> list[str]:
         return ["method", "100 %"]
 
@@ -217,6 +222,43 @@ def test_tables_in_markdown_and_latex() -> None:
     ]
 
 
+# --- Jobs ---------------------------------------------------------------------------------------
+
+
+def test_jobs_beside_each_other_have_gpus_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa,3,5,7,9")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    runner = Runner(parallel=2, processes=2, fail_fast=False, console=Console(quiet=True))
+    waits = "until test -e go; do sleep 0.02; done"  # the first, while all others run
+    jobs = [
+        Job(
+            label=str(number),
+            command=("sh", "-c", f"cd {tmp_path}; echo $CUDA_VISIBLE_DEVICES; {then}"),
+            screen=tmp_path / f"{number}.out",
+        )
+        for number, then in enumerate((waits, "true", "true", "touch go"))
+    ]
+    runner.run(jobs)
+    assert runner.failures == []
+    used = [(tmp_path / f"{number}.out").read_text().strip() for number in range(4)]
+    assert used == ["GPU-aa,3", "5,7", "5,7", "5,7"]
+
+
+def test_a_machine_without_gpus_has_none_to_give_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    runner = Runner(parallel=1, processes=1, fail_fast=False, console=Console(quiet=True))
+    command = ("sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-unset}")
+    runner.run([Job(label="a", command=command, screen=tmp_path / "a.out")])
+    assert (tmp_path / "a.out").read_text() == "unset\n"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert visible_gpus() == ["0", "1", "2"]
+
+
 def test_the_last_error_of_a_screen_is_told(tmp_path: Path) -> None:
     screen = tmp_path / "seed1.out"
     assert last_line(screen) == "starting …"
@@ -227,4 +269,8 @@ def test_the_last_error_of_a_screen_is_told(tmp_path: Path) -> None:
     assert error_text(screen) == "error[DL-DATA]: no answer\n  fix: skip it"
     screen.write_text("one\ntwo\nKilled\n")
     assert error_text(screen) == "one\ntwo\nKilled"
-    assert clock(3725.4) == "1:02:05"
+
+
+def test_times_are_told_to_the_nearest_second() -> None:
+    told = [clock(seconds) for seconds in (0.4, 59.6, 3725.4, 90_000)]
+    assert told == ["0:00:00", "0:01:00", "1:02:05", "25:00:00"]

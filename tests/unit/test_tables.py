@@ -14,6 +14,7 @@ from rich.console import Console
 
 from distilllens.errors import ConfigError, DataError
 from distilllens.evaluation.cells.metrics_table import LABELS
+from distilllens.report.comparison.files import build_scoreboard
 from distilllens.report.comparison.paper import SAMPLING_SEEDS, STUDENTS, build_paper_table
 from distilllens.report.comparison.warnings import comparison_warnings
 from distilllens.report.scores.load import (
@@ -25,16 +26,8 @@ from distilllens.report.scores.load import (
     prompt_counts,
 )
 from distilllens.report.scores.metrics import metric_of
-from distilllens.report.tables import (
-    Marks,
-    ScoreTable,
-    build_table,
-    mark_column,
-    to_csv,
-    to_latex,
-    to_markdown,
-    to_rich,
-)
+from distilllens.report.scores.table import ScoreTable, build_table, to_csv, to_rich
+from distilllens.report.tables import Marks, mark_column, to_latex, to_markdown
 
 
 def write_result(
@@ -398,6 +391,7 @@ def test_the_papers_averages_are_those_of_the_documentation() -> None:
         assert student.teacher_average == written[-1]
 
 
+NOT_KNOWN = "training not known: no distilllens.json beside the weights that tells it"
 PROTOCOL: dict[str, object] = {
     "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "no_repeat_ngram_size": 6,
     "max_new_tokens": 256,
@@ -431,12 +425,37 @@ def test_an_evaluation_like_the_papers_stands_beside_it(tmp_path: Path) -> None:
     write_protocol(root / "given/teacher-gpt2-1.5B", rouge=23.0, checkpoint=teacher)
     write_protocol(root / "kd/tvd", rouge=21.0, checkpoint=base)  # the paper has none
     table = build_paper_table(group_methods(collect_scores([tmp_path])))
-    nothing = "nothing that results.json tells"
     assert [line[1:] for line in table.lines()] == [
-        ["GPT-2 base: DistillLens", "21.12", "21.00 ± 0.00", "5", nothing],
-        ["GPT-2 base: teacher", "23.52", "23.00 ± 0.00", "5", nothing],
-        ["GPT-2 base: RKL", "17.56", "17.00 ± 0.00", "5", nothing],
+        ["GPT-2 base: DistillLens", "21.12", "21.00 ± 0.00", "5", "1"],
+        ["GPT-2 base: teacher", "23.52", "23.00 ± 0.00", "5", "2"],
+        ["GPT-2 base: RKL", "17.56", "17.00 ± 0.00", "5", "1"],
     ]
+    assert table.differences == [NOT_KNOWN, "how the teacher was trained is not compared"]
+
+
+def test_a_page_can_hold_the_paper_table_however_much_differs(tmp_path: Path) -> None:
+    """Every cell is short; what differs stands below in paragraphs, each thing once."""
+    for kind in ("fkl", "rkl"):
+        folder = tmp_path / "eval_main/gpt2-base/kd" / kind
+        for seed in (1, 2):
+            write_result(folder / f"seed{seed}/dolly", rouge=1.0, name=f"kd/{kind}")
+    board = build_scoreboard(group_methods(collect_scores([tmp_path])))
+    text = board.files()["scores.tex"].decode()
+    tabular, below = text[text.index("% Beside") :].split(r"\end{tabular}")
+    assert r"\begin{tabular}{llrrrl}" in tabular
+    rows = tabular.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(rows) == 2 and all(len(cell) < 30 for row in rows for cell in row.split(" & "))
+    assert [row.split(" & ")[-1] for row in rows] == [r"1--10 \\"] * 2
+    items = [line for line in below.splitlines() if line.startswith(r"\item ")]
+    assert len(items) == len(board.paper.differences) == len(set(items)) == 10
+    assert r"\item top\_p: not recorded for 1.0" in items
+    assert below.strip().startswith(r"\begin{enumerate}")
+    markdown = board.files()["scores.md"].decode()
+    assert (
+        "| method | row of the paper | paper | ours | n | what differs |\n| --- | --- | ---: |"
+        in markdown
+    )
+    assert f"\n{len(items)}. {NOT_KNOWN}\n" in markdown
 
 
 def test_all_that_differs_from_the_paper_is_told(tmp_path: Path) -> None:
@@ -467,10 +486,11 @@ def test_all_that_differs_from_the_paper_is_told(tmp_path: Path) -> None:
         "top_k: not recorded for 0",
         "no_repeat_ngram_size: 0 for 6",
         "another model: 10 blocks of width 576, TinyLlama has 22 of 2048",
+        NOT_KNOWN,
     )
     (model / "config.json").unlink()
     (row,) = build_paper_table(group_methods(collect_scores([tmp_path]))).rows
-    assert row.differences[-1] == f"model not checked: {model}/config.json is not here"
+    assert row.differences[-2] == f"model not checked: {model}/config.json is not here"
 
 
 def test_other_students_are_not_set_beside_the_paper(tmp_path: Path) -> None:

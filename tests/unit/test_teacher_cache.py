@@ -78,7 +78,9 @@ def make_job(
     shards = cut_shards(counts, cache_teacher.SHARD_BYTES // row_bytes)
     return CacheJob(
         plan=dataclasses.replace(plan, config=config),
-        data=PreparedData(train=train, dev=train, folder=folder, fingerprint="x", stats={}),
+        data=PreparedData(
+            train=train, dev=train, folder=folder, source={}, fingerprint="x", stats={}
+        ),
         folder=folder,
         key={"teacher_layers": layers, "bits": bits},
         teacher_files={},

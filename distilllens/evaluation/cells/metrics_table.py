@@ -33,6 +33,7 @@ LABELS = {
     "kl_student_teacher": "KL(student‖teacher), nats",
     "agreement": "top-1 agreement, %",
     "ex_acc_err": "excess accumulated error, %",
+    "ex_acc_err_se": "its standard error, %",
     "ex_acc_err_per_token": "the same per token, %",
 }
 """Metrics in the table's order; one that a results.json lacks was not measured."""

@@ -17,9 +17,6 @@ import yaml
 from distilllens.config import CE_ONLY, EvaluateConfig
 from distilllens.data.records import Record
 
-PACKAGES = ("distilllens", "torch", "transformers", "tokenizers", "rouge-score", "rapidfuzz")
-"""Packages whose versions stand in every results.json."""
-
 SAMPLER = 2
 """Raised whenever a seed gives other samples; 1: one random number for each token."""
 
@@ -39,10 +36,17 @@ def identity(
         checkpoint: From `checkpoint_fingerprint`.
         records: The set's records that are scored.
     """
-    settings = config.eval
     return {
         "weights and tokenizer": checkpoint,
         "records": _records_hash(records),
+        **answer_settings(config),
+    }
+
+
+def answer_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """Returns the settings that change an answer: of an identity all but weights and records."""
+    settings = config.eval
+    return {
         "max_prompt_length": config.max_prompt_length,
         "dtype": config.dtype,
         "attention": config.attention,
@@ -74,7 +78,7 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
     the weights' bytes a sample is read: enough to tell two trainings apart, not two models that
     differ in a few numbers. A hub name is identified by its name and revision.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         return f"hub:{path}@{revision or 'default branch'}"
     digest = hashlib.sha256()
@@ -123,7 +127,7 @@ def method_name(config: EvaluateConfig) -> str:
     """
     if config.name:
         return config.name
-    checkpoint = Path(config.checkpoint).expanduser()
+    checkpoint = Path(config.checkpoint)
     run = checkpoint.parent
     trained = _training_record(run / "config.yaml")
     if trained is not None:

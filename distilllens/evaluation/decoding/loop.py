@@ -8,7 +8,6 @@ others by a step. Where the model's cache cannot take new rows, the batch shrink
 
 from __future__ import annotations
 
-import gc
 import inspect
 import logging
 from collections import deque
@@ -25,10 +24,11 @@ from transformers import (
 )
 
 from distilllens.config import SamplingConfig
-from distilllens.errors import ConfigError, NumericsError
+from distilllens.errors import NumericsError
 from distilllens.evaluation.decoding.row_cache import can_hold
 from distilllens.evaluation.decoding.sampling import RowRules, TokenChooser
 from distilllens.evaluation.decoding.stores import LibraryStore, RowStore, Store, stack_left
+from distilllens.evaluation.out_of_memory import first_line, free_memory, no_room
 
 logger = logging.getLogger("distilllens")
 
@@ -100,7 +100,7 @@ class Decoder:
             try:
                 self._run_batches()
             except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+                reason = first_line(error)
             else:
                 return
             # Outside of the handler, as the error holds on to the tensors of its frames.
@@ -115,15 +115,9 @@ class Decoder:
         in_work = [row.request for row in self._rows]  # in no order: ended rows left holes
         self._waiting = longest_first([*in_work, *self._waiting])
         self._rows = []
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if self._num_rows <= 1:  # the cache has room for so many, however few are left
-            raise ConfigError(
-                f"not even one row of {self._longest} tokens fits into the device's memory",
-                why=reason,
-                fix="a smaller dtype, fewer max_new_tokens, or a larger device",
-            )
+            raise no_room(f"one row of {self._longest} tokens", reason)
         tokens = self._num_rows * self._longest // 2
         logger.warning(
             "out of memory with %d rows of up to %d tokens: going on with %d tokens in a batch "

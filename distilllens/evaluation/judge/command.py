@@ -33,6 +33,7 @@ from distilllens.evaluation.judge.questions import (
     Conversation,
     pair_question,
     score_question,
+    valid_text,
 )
 from distilllens.evaluation.judge.summary import (
     Judged,
@@ -188,7 +189,7 @@ def _results(
         "mode": "score" if config.against is None else "pairs",
         "complete": all(conversation.is_over for conversation in conversations),
         "judge": config.model,
-        "replied_as": dict(Counter(reply.model for reply in replies)),
+        "replied_as": dict(Counter(valid_text(reply.model) for reply in replies)),
         "summary": summarise(judged, pairs=config.against is not None),
         "questions": len(conversations),
         "replies": {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, Context
 from functools import partial
 
 from distilllens.config import JudgeConfig
@@ -120,7 +121,8 @@ def ask_all(
         advance: Called with the number of conversations that have come to their end.
 
     Raises:
-        ConfigError: The endpoint refuses all requests, or gives no reply to several in a row.
+        ConfigError: The endpoint refuses all requests, or gives no reply to several in a row;
+            ``max_cost`` does not allow a single one.
         StorageError: The cache cannot be written.
         Stopped: A signal ended it.
     """
@@ -138,6 +140,8 @@ def ask_all(
                     future = pool.submit(endpoint.ask, conversation.messages, lose)
                     under_way[future] = conversation
                 if not under_way:
+                    if not endpoint.num_sent:
+                        raise _too_small(config, waiting)
                     ledger.spent = ledger.spent or f"max_cost={config.max_cost:g}"
                     return
                 done, _ = wait(under_way, timeout=TICK, return_when=FIRST_COMPLETED)
@@ -152,6 +156,16 @@ def ask_all(
             endpoint.halt()
             _keep_the_rest(under_way, cache)
             raise
+
+
+def _too_small(config: JudgeConfig, waiting: Iterable[Conversation]) -> ConfigError:
+    most = max(highest_cost(config, conversation) for conversation in waiting)
+    enough = Context(prec=2, rounding=ROUND_CEILING).create_decimal_from_float(most)
+    return ConfigError(
+        f"max_cost={config.max_cost:g} is less than one question can cost ({most:g})",
+        why="a request counts as the bytes of its text plus max_tokens, until its reply is there",
+        fix=f"--max_cost {enough}, or a smaller --max_tokens",
+    )
 
 
 def _settle(

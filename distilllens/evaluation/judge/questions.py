@@ -97,10 +97,11 @@ class Conversation:
             self.verdict = read_verdict(self.kind, reply)
         except UnreadableReplyError as error:
             self.problem = str(error)
+            quoted = valid_text(reply.text[:LONGEST_QUOTE])
             again = f"Your reply could not be read: {error}. Reply again. {_form(self.kind)}"
             self.messages = [
                 *self.messages,  # some endpoints insist on turns that alternate and are not empty
-                {"role": "assistant", "content": reply.text[:LONGEST_QUOTE].strip() or "(nothing)"},
+                {"role": "assistant", "content": quoted.strip() or "(nothing)"},
                 {"role": "user", "content": again},
             ]
 
@@ -119,14 +120,14 @@ def pair_question(prompt: str, first: str, second: str, *, asks: int) -> Convers
 
 def _content(task: str, texts: Mapping[str, str], form: str) -> list[dict[str, str]]:
     # One message of the user: some chat templates know no system role.
-    texts = {name: _valid(text) for name, text in texts.items()}
+    texts = {name: valid_text(text) for name, text in texts.items()}
     tag = hashlib.sha256(json.dumps(list(texts.values())).encode()).hexdigest()[:12]
     blocks = [f"<{name}-{tag}>\n{text}\n</{name}-{tag}>" for name, text in texts.items()]
     return [{"role": "user", "content": "\n\n".join([task, *blocks, form])}]
 
 
-def _valid(text: str) -> str:
-    """Writes a lone surrogate, which is no UTF-8, as its escape."""
+def valid_text(text: str) -> str:
+    """Writes a lone surrogate as its escape: it is no UTF-8, but JSON may hold it."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 

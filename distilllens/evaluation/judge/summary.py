@@ -42,12 +42,17 @@ class Judged:
 
     @property
     def outcome(self) -> Outcome | Literal["scored"]:
-        """A win of A needs the same verdict in both orders, and so does a loss."""
-        if any(not conversation.is_over for conversation in self.conversations):
+        """A win of A needs the same verdict in both orders, and so does a loss.
+
+        An answer's score needs none of its reference, which the ratio alone is of.
+        """
+        is_pair = self.item.other is not None
+        needed = self.conversations if is_pair else self.conversations[:1]
+        if any(not conversation.is_over for conversation in needed):
             return "unanswered"
-        if None in self.verdicts:
+        if any(conversation.verdict is None for conversation in needed):
             return "unparsed"
-        if self.item.other is None:
+        if not is_pair:
             return "scored"
         if self.verdicts == ("first", "second"):
             return "win"
@@ -145,27 +150,32 @@ def score_figures(judged: Sequence[Judged]) -> dict[str, Any]:
     """Returns the mean score, and the ratio to the references' where those are graded.
 
     The ratio is of sums, as MiniLLM's GPT-4 feedback (Gu et al. 2023, arXiv 2306.08543); there both
-    are graded in one request, here each alone, so that no order can favour either.
+    are graded in one request, here each alone, so that no order can favour either. It is of the
+    ``num_ratio_prompts`` whose answer and reference both have a score, and so is the references'.
     """
-    groups = _by_prompt(one for one in judged if one.outcome == "scored")
-    if not groups:
+    scored = [one for one in judged if one.outcome == "scored"]
+    if not scored:
         return {}
-    answers = [_mean_verdict(group, 0) for group in groups]
+    answers = _mean_verdicts(scored, 0)
     figures: dict[str, Any] = {
         "score": statistics.fmean(answers),
         "score_interval": bootstrap_interval(answers),
     }
-    if len(groups[0][0].conversations) == 2:
-        references = [_mean_verdict(group, 1) for group in groups]
+    if both := [one for one in scored if len(one.verdicts) == 2 and one.verdicts[1] is not None]:
+        answers, references = _mean_verdicts(both, 0), _mean_verdicts(both, 1)
+        figures["num_ratio_prompts"] = len(references)
         figures["reference_score"] = statistics.fmean(references)
         figures["ratio"] = sum(answers) / sum(references)
         figures["ratio_interval"] = bootstrap_interval(answers, references)
     return figures
 
 
-def _mean_verdict(group: Sequence[Judged], place: int) -> float:
-    verdicts = [one.verdicts[place] for one in group]
-    return statistics.fmean(verdict for verdict in verdicts if isinstance(verdict, int))
+def _mean_verdicts(scored: Sequence[Judged], place: int) -> list[float]:
+    """Returns the mean of each prompt's scores."""
+    return [
+        statistics.fmean(score for one in group if isinstance(score := one.verdicts[place], int))
+        for group in _by_prompt(scored)
+    ]
 
 
 # --- Tables -------------------------------------------------------------------------------------
@@ -198,8 +208,8 @@ def table_rows(
         else:
             cells = [
                 _with_interval(figures, "score", 1),
-                _with_interval(figures, "reference_score", 1),
-                _with_interval(figures, "ratio", 100),
+                _with_interval(figures, "reference_score", 1) + _fewer(figures),
+                _with_interval(figures, "ratio", 100) + _fewer(figures),
             ]
         counts = [str(figures[key]) for key in ("n", "num_prompts", "unparsed", "unanswered")]
         rows.append([name, *counts[:2], *cells, *counts[2:]])
@@ -215,6 +225,12 @@ def _with_interval(figures: Mapping[str, Any], key: str, factor: float) -> str:
         low, high = (f"{factor * value:.{digits}f}" for value in interval)
         text += f" [{low}, {high}]"
     return text
+
+
+def _fewer(figures: Mapping[str, Any]) -> str:
+    """Returns of how many prompts the ratio is, if not of all."""
+    count = figures.get("num_ratio_prompts", figures["num_prompts"])
+    return "" if count == figures["num_prompts"] else f" (n = {count})"
 
 
 def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -25,19 +25,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distilllens.config import SamplingConfig
 from distilllens.data.encode import encode_prompts
 from distilllens.divergence import forward_kl
 from distilllens.evaluation.generation import generate_answers, get_eos_id
-from distilllens.evaluation.measures.teacher_forcing import TokenScorer, TokenText, score_texts
+from distilllens.evaluation.measures.teacher_forcing import (
+    Chunk,
+    TokenScorer,
+    TokenText,
+    score_texts,
+)
 
 ROUNDING = 1e-6
 """Nats per token: a smaller error is that of float32, and its quotients mean nothing."""
@@ -124,16 +130,22 @@ def _step_errors(
     """Returns KL(teacher‖student) in nats, [P, L]: 0 where an answer has ended."""
     shape, device = (len(texts), settings.max_new_tokens), student.model.device
     errors_PL = torch.zeros(shape, dtype=torch.float64, device=device)
-    for chunk in score_texts(
+    for texts_n, positions_n, errors_n in score_texts(
         [student, teacher],
         texts,
+        measure=_chunk_errors,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens,
         advance=advance,
     ):
-        log_q, log_p = chunk.log_probs_nV
-        errors_PL[chunk.texts_n, chunk.positions_n] = forward_kl(log_p, log_q).double()
+        errors_PL[texts_n, positions_n] = errors_n
     return errors_PL.cpu().numpy()
+
+
+def _chunk_errors(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the places of a chunk's rows, and KL(teacher‖student) there."""
+    log_q, log_p = chunk.log_probs_nV
+    return chunk.texts_n, chunk.positions_n, forward_kl(log_p, log_q).double()
 
 
 def excess_accumulated_error(
@@ -192,6 +204,16 @@ def excess_accumulated_error(
             "teacher_answers": (teacher_lengths_P >= steps[:, None]).sum(1).tolist(),
         },
     }
+
+
+def describe_excess(measured: Mapping[str, Any], num_prompts: int) -> str:
+    """Returns the excess accumulated error with its noise, or why there is none, for the screen."""
+    metrics = measured["metrics"]
+    excess, error = metrics["ex_acc_err"], metrics["ex_acc_err_se"]
+    if excess is None:
+        return str(measured["reason"])
+    spread, what = ("", "") if error is None else (f" ± {error:.2f}", "standard error, ")
+    return f"{excess:.2f} %{spread} excess accumulated error ({what}n = {num_prompts} prompts)"
 
 
 def _excess(own: float, known: float) -> float:

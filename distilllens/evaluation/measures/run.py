@@ -32,7 +32,7 @@ from distilllens.evaluation.cells.provenance import checkpoint_fingerprint
 from distilllens.evaluation.cells.results import read_result, read_samples, write_cell, write_result
 from distilllens.evaluation.cells.shares import on_all_ranks, own_share
 from distilllens.evaluation.generation import check_context_window
-from distilllens.evaluation.measures.exposure_bias import measure_exposure_bias
+from distilllens.evaluation.measures.exposure_bias import describe_excess, measure_exposure_bias
 from distilllens.evaluation.measures.teacher_forcing import TokenScorer, num_known_tokens
 from distilllens.evaluation.measures.token_metrics import (
     References,
@@ -133,7 +133,9 @@ def _check_teacher(
 ) -> None:
     assert config.teacher is not None
     trust, revision = config.trust_remote_code, config.teacher_revision
-    theirs = load_tokenizer(config.teacher, trust_remote_code=trust, revision=revision)
+    theirs = load_tokenizer(
+        config.teacher, trust_remote_code=trust, revision=revision, option="--teacher"
+    )
     check_same_tokens(theirs, tokenizer)
     teacher = load_model_config(config.teacher, trust_remote_code=trust, revision=revision)
     student = _student_config(config)
@@ -141,7 +143,7 @@ def _check_teacher(
     longest = max(cell.data.longest_prompt for cell in cells)
     check_context_window(teacher, longest, config.eval.max_new_tokens)
     if config.teacher_lora is not None:
-        check_adapter(config.teacher_lora)
+        check_adapter(config.teacher_lora, "--teacher_lora")
 
 
 def _student_config(config: EvaluateConfig) -> Any:
@@ -377,7 +379,8 @@ def _run_token_metrics(
     write_result(job.file, {**measured, "counts": counts, **_origin(config, job)})
     metrics = measured["metrics"]
     console.print(
-        f"{job.label}: {metrics['nll']:.4f} nats per token, ECE {metrics['ece']:.2f} %",
+        f"{job.label}: {metrics['nll']:.4f} nats per token, ECE {metrics['ece']:.2f} % "
+        f"(n = {measured['num_tokens']:,} tokens)",
         soft_wrap=True,
     )
 
@@ -404,9 +407,7 @@ def _run_exposure_bias(
         )
     origin = {"seed": job.cell.seed, **_origin(config, job)}
     write_result(job.file, {**measured, "num": len(prompts), **origin})
-    excess = measured["metrics"]["ex_acc_err"]
-    told = measured["reason"] if excess is None else f"{excess:.2f} % excess accumulated error"
-    console.print(f"{job.label}: {told}", soft_wrap=True)
+    console.print(f"{job.label}: {describe_excess(measured, len(prompts))}", soft_wrap=True)
 
 
 def _origin(config: EvaluateConfig, job: Job) -> dict[str, Any]:
@@ -415,6 +416,8 @@ def _origin(config: EvaluateConfig, job: Job) -> dict[str, Any]:
         "set": job.cell.data.name,
         "checkpoint": config.checkpoint,
         "teacher": config.teacher,
+        "teacher_lora": config.teacher_lora,
+        "teacher_revision": config.teacher_revision,
         "identity": job.identity,
         "versions": versions(),
         "git_commit": git_commit(),

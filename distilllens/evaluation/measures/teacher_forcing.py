@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,10 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilllens.data.collate import collate
 from distilllens.divergence import log_probs
 from distilllens.errors import NumericsError
+from distilllens.evaluation.out_of_memory import with_less
 from distilllens.kernels.chunks import cut_vocabulary, wide
 from distilllens.kernels.products import project
 from distilllens.lens import LogitLens
 from distilllens.student import lens_rows
+
+Measured = TypeVar("Measured")
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Memory for one chunk's float32 tensors over the vocabulary."""
@@ -112,60 +117,113 @@ def score_texts(
     scorers: Sequence[TokenScorer],
     texts: Sequence[TokenText],
     *,
+    measure: Callable[[Chunk], Measured],
     batch_size: int,
     batch_tokens: int,
     chunk_rows: int | None = None,
     advance: Callable[[int], None],
-) -> Iterator[Chunk]:
-    """Runs models over texts and yields what they say at every response token.
+) -> Iterator[Measured]:
+    """Runs models over texts and measures what they say at every response token.
 
     Args:
         scorers: Of models on one device, over the same tokens.
         texts: None empty.
+        measure: Called with each chunk; again with a part of it where memory does not hold it, so
+            it must change nothing.
         batch_size: Texts that run through a model at once, at most; texts of similar length go
             together.
-        batch_tokens: Tokens of them at most, padding included; a longer text runs alone.
-        chunk_rows: Rows of a chunk; default: as many as `CHUNK_BYTES` holds.
+        batch_tokens: Tokens of them at most, padding included; a longer text runs alone. Too little
+            memory halves it.
+        chunk_rows: Rows of a chunk; default: as many as `CHUNK_BYTES` holds. Too little memory
+            halves it.
         advance: Called after each batch with the number of its texts.
 
+    Yields:
+        What ``measure`` returns, chunk by chunk.
+
     Raises:
-        ConfigError: What was found of a model is not the model (its self-check fails).
+        ConfigError: What was found of a model is not the model (its self-check fails), or there is
+            no room for one text or one row.
         NumericsError: Logits that are not finite.
     """
-    device = scorers[0].model.device
     chunk_rows = chunk_rows or _chunk_rows(scorers[0])
     # Longest first: rows of a batch need little padding, and too little memory shows at once.
     order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
     for scorer in scorers:
         if texts:
             scorer.check(texts[order[0]])
-    start = 0
-    while start < len(order):
-        fitting = batch_tokens // len(texts[order[start]])
-        places = order[start : start + max(1, min(batch_size, fitting))]
-        start += len(places)
-        batch = collate([texts[place].columns for place in places], pad_id=0)
-        hidden = [scorer.rows(batch.input_ids_BT, batch.rows_N) for scorer in scorers]
-        owners_N, positions_N = _row_places([texts[place] for place in places], places)
-        for first in range(0, batch.num_tokens, chunk_rows):
-            rows = slice(first, first + chunk_rows)
-            chunk = Chunk(
-                log_probs_nV=tuple(
-                    scorer.log_probs(hidden_ND[rows])
-                    for scorer, hidden_ND in zip(scorers, hidden, strict=True)
-                ),
-                targets_n=batch.targets_N[rows].to(device),
-                texts_n=owners_N[rows].to(device),
-                positions_n=positions_N[rows].to(device),
-            )
-            if not all(side.isfinite().all() for side in chunk.log_probs_nV):
-                raise NumericsError(
-                    "a model's logits are not finite on a test set",
-                    why="weights that diverged, or an overflow in the model's dtype",
-                    fix="--dtype float32 tells the two apart",
-                )
-            yield chunk
-        advance(len(places))
+    while order:
+        longest = len(texts[order[0]])
+        wanted = min(len(order), batch_size, max(1, batch_tokens // longest))
+        body = partial(_run_bodies, scorers, texts, order)
+        batch, count = with_less(body, wanted, one=f"one text of {longest} tokens")
+        if count < wanted:
+            batch_tokens = count * longest
+        first = 0
+        while first < len(batch.targets_N):
+            wanted = min(chunk_rows, len(batch.targets_N) - first)
+            head = partial(_measure_rows, scorers, batch, measure, first)
+            measured, rows = with_less(head, wanted, one="one row over the vocabulary")
+            if rows < wanted:
+                chunk_rows = rows
+            first += rows
+            yield measured
+        advance(count)
+        order = order[count:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """The rows of texts that ran through the models' bodies; see `Chunk`."""
+
+    hidden: list[Float[Tensor, "N D"]]
+    """Of each model."""
+    targets_N: Int64[Tensor, " N"]
+    texts_N: Int64[Tensor, " N"]
+    positions_N: Int64[Tensor, " N"]
+
+
+def _run_bodies(
+    scorers: Sequence[TokenScorer], texts: Sequence[TokenText], order: Sequence[int], count: int
+) -> _Batch:
+    """Runs the first ``count`` texts of ``order`` through all models, without their heads."""
+    places = order[:count]
+    batch = collate([texts[place].columns for place in places], pad_id=0)
+    texts_N, positions_N = _row_places([texts[place] for place in places], places)
+    device = scorers[0].model.device
+    return _Batch(
+        hidden=[scorer.rows(batch.input_ids_BT, batch.rows_N) for scorer in scorers],
+        targets_N=batch.targets_N.to(device),
+        texts_N=texts_N.to(device),
+        positions_N=positions_N.to(device),
+    )
+
+
+def _measure_rows(
+    scorers: Sequence[TokenScorer],
+    batch: _Batch,
+    measure: Callable[[Chunk], Measured],
+    first: int,
+    count: int,
+) -> Measured:
+    """Runs ``count`` rows of a batch through the heads, and measures them."""
+    rows = slice(first, first + count)
+    chunk = Chunk(
+        log_probs_nV=tuple(
+            scorer.log_probs(hidden_ND[rows])
+            for scorer, hidden_ND in zip(scorers, batch.hidden, strict=True)
+        ),
+        targets_n=batch.targets_N[rows],
+        texts_n=batch.texts_N[rows],
+        positions_n=batch.positions_N[rows],
+    )
+    if not all(side.isfinite().all() for side in chunk.log_probs_nV):
+        raise NumericsError(
+            "a model's logits are not finite on a test set",
+            why="weights that diverged, or an overflow in the model's dtype",
+            fix="--dtype float32 tells the two apart",
+        )
+    return measure(chunk)
 
 
 def _row_places(texts: Sequence[TokenText], places: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -116,16 +116,17 @@ def compute_token_metrics(
     # float64 on the device; of MPS, which has none, no run of this project is known.
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     bins_3M = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=device)
-    for chunk in score_texts(
+    for more_sums, more_bins_3M in score_texts(
         scorers,
         texts,
+        measure=lambda chunk: (_sums(chunk), _bins(chunk)),
         batch_size=batch_size,
         batch_tokens=batch_tokens,
         chunk_rows=chunk_rows,
         advance=advance,
     ):
-        sums += _sums(chunk)
-        bins_3M += _bins(chunk)
+        sums += more_sums
+        bins_3M += more_bins_3M
     tokens_M, confidence_M, hits_M = bins_3M.tolist()
     num_tokens = int(sum(tokens_M))
     if num_tokens == 0:

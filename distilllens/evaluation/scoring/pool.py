@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -169,17 +169,28 @@ class _Worker:
         self._reader.start()
 
     def _read(self) -> None:
+        """Takes replies until there are no more; however that ends, whoever waits is told."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            reply = json.loads(line)
-            with self._changed:
-                if isinstance(reply, Mapping):
-                    self._error = reply["error"]
-                else:
-                    self._replies[reply[0]] = Score(*reply[1:])
-                self._changed.notify()
+        problem = "it ended without a word"
+        try:
+            for line in self._process.stdout:
+                match json.loads(line):
+                    case [int(row), int() | float() as rouge_l, bool(is_exact)]:
+                        with self._changed:
+                            self._replies[row] = Score(rouge_l, is_exact)
+                            self._changed.notify()
+                    case {"error": str(problem)}:
+                        pass
+                    case _:
+                        raise ValueError(f"{line!r:.200} is no score")
+        except Exception as error:
+            problem = (
+                f"{error} (does something else, a sitecustomize perhaps, write to the standard "
+                "output of each Python process here? --score_workers 0 starts none)"
+            )
+            self._process.kill()  # nobody reads what it writes any more
         with self._changed:
-            self._error = self._error or "it ended without a word"
+            self._error = problem
             self._changed.notify()
 
     def send(self, row: int, answer: str, references: Sequence[str]) -> None:

@@ -19,7 +19,8 @@ from distilllens.report.scores.load import (
     sort_sets,
 )
 from distilllens.report.scores.metrics import metric_of
-from distilllens.report.tables import ScoreTable, build_table, to_csv, to_latex, to_markdown
+from distilllens.report.scores.table import ScoreTable, build_table, to_csv
+from distilllens.report.tables import escape_latex, to_latex, to_markdown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,10 @@ class Scoreboard:
         ]
         parts.append("".join(f"- {line}\n" for line in self._legend()))
         if self.paper.rows:
-            notes = "".join(f"- {line}\n" for line in paper_notes(self.paper))
-            parts.append(f"### Beside the paper's Table 1\n\n{to_markdown(self.paper)}\n{notes}")
+            parts += ["### Beside the paper's Table 1\n", to_markdown(self.paper)]
+            things = enumerate(self.paper.differences, start=1)
+            parts.append("".join(f"{number}. {thing}\n" for number, thing in things))
+            parts.append("".join(f"- {line}\n" for line in paper_notes(self.paper)))
         return "\n".join(parts)
 
     def _legend(self) -> list[str]:
@@ -96,6 +99,9 @@ class Scoreboard:
         if self.paper.rows:
             notes = "".join(f"% {line}\n" for line in paper_notes(self.paper))
             parts.append(f"% Beside {CITATION}\n{notes}{to_latex(self.paper)}")
+            if self.paper.differences:
+                items = "".join(f"\\item {escape_latex(s)}\n" for s in self.paper.differences)
+                parts.append(f"\\begin{{enumerate}}\n{items}\\end{{enumerate}}\n")
         return "\n".join([legend, *parts])
 
 

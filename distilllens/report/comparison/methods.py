@@ -11,7 +11,7 @@ import numpy as np
 from distilllens.report.comparison.prompt_scores import PromptScores, read_prompt_scores
 from distilllens.report.scores.load import Method, list_some
 from distilllens.report.scores.metrics import metric_of
-from distilllens.report.tables import average_by_unit
+from distilllens.report.scores.table import average_by_unit
 from distilllens.statistics import (
     LEVEL,
     PairedBootstrap,

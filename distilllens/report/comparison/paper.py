@@ -1,4 +1,4 @@
-"""The paper's averages beside our own, and in what our evaluation differs from the paper's.
+"""The paper's averages beside our own, and in what our evaluation and training differ from its.
 
 Rouge-L, mean of five test sets and five sampling seeds: arXiv 2602.13567, Table 1. Its figures for
 single sets are not in this file, so only averages are set side by side.
@@ -7,13 +7,16 @@ single sets are not in this file, so only averages are set side by side.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from distilllens.report.comparison.training import PaperRun, training_differences
 from distilllens.report.scores.load import Method, Score
-from distilllens.report.tables import MISSING, Summary, build_table
+from distilllens.report.scores.table import Summary, build_table
+from distilllens.report.tables import MISSING
+from distilllens.runs import FACTS_FILE
 
 CITATION = "arXiv 2602.13567, Table 1"
 METRIC = "rougeL"
@@ -47,6 +50,8 @@ class PaperStudent:
     """A student of Table 1."""
 
     model: PaperModel
+    pair: str
+    """Of student and teacher, as the files in configs/ call it."""
     averages: Mapping[tuple[str, str], tuple[str, float]]
     """By APPROACH and TYPE of our folders: the paper's name of the row, and its average."""
     teacher: PaperModel
@@ -75,18 +80,21 @@ GPT2_XL = PaperModel(
 STUDENTS = (
     PaperStudent(
         model=PaperModel(name="GPT-2 base", folder="gpt2-base", blocks=12, width=768),
+        pair="gpt2-base",
         averages=_averages(16.56, 17.20, 16.64, 17.56, 17.50, 17.20, 17.64, 21.12),
         teacher=GPT2_XL,
         teacher_average=23.52,
     ),
     PaperStudent(
         model=PaperModel(name="GPT-2 medium", folder="gpt2-medium", blocks=24, width=1024),
+        pair="gpt2-medium",
         averages=_averages(20.58, 20.42, 21.04, 21.02, 20.82, 20.62, 20.64, 23.72),
         teacher=GPT2_XL,
         teacher_average=23.52,
     ),
     PaperStudent(
         model=PaperModel(name="TinyLlama", folder="TinyLlama-1.1B", blocks=22, width=2048),
+        pair="tinyllama",
         averages=_averages(24.16, 23.82, 23.18, 24.00, 24.56, 24.44, 24.32, 25.48),
         teacher=PaperModel(
             name="Llama 7B, fine-tuned", folder="SFT-Llama-7B", blocks=32, width=4096
@@ -106,14 +114,31 @@ class PaperRow:
     ours: Summary | None
     """Mean over the sets that are there; None where no seed has all of them."""
     differences: tuple[str, ...]
-    """In what our evaluation is not the paper's; empty where nothing is known to differ."""
+    """In what ours is not the paper's; empty where nothing is known to differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What Table 1 says of a row."""
+
+    name: str
+    average: float
+    model: PaperModel
+    run: PaperRun | None
+    """How it was trained; None of a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperTable:
     """Our averages beside the paper's; written by the writers of `tables`."""
 
+    text_columns: ClassVar[tuple[int, ...]] = (0, 1, 5)
     rows: tuple[PaperRow, ...]
+
+    @property
+    def differences(self) -> list[str]:
+        """All that differs in any row, each thing once; a row tells their numbers, from 1."""
+        return list(dict.fromkeys(thing for row in self.rows for thing in row.differences))
 
     def header(self) -> list[str]:
         """Returns the column titles."""
@@ -121,6 +146,7 @@ class PaperTable:
 
     def lines(self) -> list[list[str]]:
         """Returns the formatted cells, a list per row, as long as the header."""
+        numbers = {thing: at for at, thing in enumerate(self.differences, start=1)}
         return [
             [
                 row.method.label,
@@ -128,46 +154,60 @@ class PaperTable:
                 f"{row.paper_average:.2f}",
                 MISSING if row.ours is None else row.ours.format(),
                 "0" if row.ours is None else str(row.ours.n),
-                "; ".join(row.differences) or "nothing that results.json tells",
+                _ranges([numbers[thing] for thing in row.differences]) or "nothing known",
             ]
             for row in self.rows
         ]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Returns numbers in order, those that follow each other as a range: ``1–3, 5``."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges)
 
 
 def build_paper_table(methods: Sequence[Method]) -> PaperTable:
     """Returns the methods that Table 1 has, by their folders CKPT/APPROACH/TYPE."""
     rows = []
     for method in methods:
-        found = _find_row(method.scores[0].method_folder)
-        if found is not None:
-            name, average, model = found
+        entry = _find_row(method.scores[0].method_folder)
+        if entry is not None:
             sets = [name for name in PROMPTS if name in method.test_sets]
             rows.append(
                 PaperRow(
                     method=method,
-                    paper_name=name,
-                    paper_average=average,
+                    paper_name=entry.name,
+                    paper_average=entry.average,
                     ours=_our_average(method, sets),
-                    differences=tuple(_differences(method, sets, model)),
+                    differences=tuple(_differences(method, sets, entry)),
                 )
             )
     return PaperTable(rows=tuple(rows))
 
 
-def _find_row(folder: Path) -> tuple[str, float, PaperModel] | None:
-    """Returns the paper's name, average and model of the row for …/CKPT/APPROACH/TYPE."""
+def _find_row(folder: Path) -> _Entry | None:
+    """Returns what the paper says of …/CKPT/APPROACH/TYPE."""
     if len(folder.parts) < 3:
         return None
     checkpoint, approach, kind = folder.parts[-3:]
     for student in STUDENTS:
         if student.model.folder != checkpoint:
             continue
-        if (approach, kind) == ("given", student.teacher.folder):
-            name = f"{student.model.name}: teacher"
-            return name, student.teacher_average, student.teacher
+        name, teacher = student.model.name, student.teacher
+        if (approach, kind) == ("given", teacher.folder):
+            average = student.teacher_average
+            return _Entry(name=f"{name}: teacher", average=average, model=teacher, run=None)
         if (approach, kind) in student.averages:
-            name, average = student.averages[approach, kind]
-            return f"{student.model.name}: {name}", average, student.model
+            row, average = student.averages[approach, kind]
+            run = PaperRun(
+                pair=student.pair, approach=approach, kind=kind, teacher_blocks=teacher.blocks
+            )
+            return _Entry(name=f"{name}: {row}", average=average, model=student.model, run=run)
     return None
 
 
@@ -175,8 +215,8 @@ def _our_average(method: Method, sets: Sequence[str]) -> Summary | None:
     return build_table([method], metric=METRIC, sets=sets).rows[0].average if sets else None
 
 
-def _differences(method: Method, sets: Sequence[str], model: PaperModel) -> list[str]:
-    """Returns what is known to differ from the paper's evaluation, a phrase for each thing."""
+def _differences(method: Method, sets: Sequence[str], entry: _Entry) -> list[str]:
+    """Returns what is known to differ from the paper's, a phrase for each thing."""
     scores = [score for score in method.scores if score.test_set in sets]
     missing = [name for name in PROMPTS if name not in sets]
     found = []
@@ -193,7 +233,12 @@ def _differences(method: Method, sets: Sequence[str], model: PaperModel) -> list
         if any(json.loads(value) != wanted for value in values):
             told = ", ".join(sorted(values)).replace("null", "not recorded")
             found.append(f"{key}: {told} for {json.dumps(wanted)}")
-    return [*found, *_model_differences(scores, model)]
+    found += _model_differences(scores, entry.model)
+    if entry.run is None:
+        return [*found, "how the teacher was trained is not compared"]
+    checkpoints = sorted({Path(score.checkpoint) for score in scores})
+    trained = [thing for one in checkpoints for thing in training_differences(one, entry.run)]
+    return [*found, *dict.fromkeys(trained)]
 
 
 def _seed_differences(method: Method, scores: Sequence[Score]) -> list[str]:
@@ -246,8 +291,8 @@ def paper_notes(table: PaperTable) -> list[str]:
         f"paper: Rouge-L, mean of five sets and five sampling seeds, {CITATION}; measured there.",
         "ours: the mean over those of the five sets that were scored, ± the sample standard "
         "deviation over n seeds. Where anything differs, the two do not compare.",
-        "How our models were trained is not checked here: docs/reproduce.md says what differs on "
-        "purpose. Students that were not trained as the paper's stand beside them all the same.",
+        f"Training is compared by {FACTS_FILE} beside the weights, with configs/paper; what "
+        "differs from the published code on purpose is in docs/reproduce.md and not told again.",
         "The published spread of one method over five sampling seeds is about ±0.4: one seed shows "
         "nothing under 0.5.",
     ]

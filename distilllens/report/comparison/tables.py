@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from distilllens.report.comparison.methods import AVERAGE, Comparison, MetricComparison
 from distilllens.report.scores.metrics import metric_of
@@ -32,6 +33,7 @@ EXPLANATIONS = (
 class MeansTable:
     """The mean of every method on every set, with its interval over prompts."""
 
+    text_columns: ClassVar[tuple[int, ...]] = (0,)
     content: MetricComparison
 
     def header(self) -> list[str]:
@@ -68,6 +70,7 @@ class MeansTable:
 class DifferencesTable:
     """Every method minus the baseline, in one column of scores."""
 
+    text_columns: ClassVar[tuple[int, ...]] = (0, 9)
     content: MetricComparison
     column: str
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from distilllens.config import ModelConfig
 from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
 from distilllens.lens_matrix import LensMap
+from distilllens.public import public_command
 from distilllens.report.device import usable_device
 from distilllens.report.lens.curves import plot_statistic
 from distilllens.report.lens.files import (
@@ -38,12 +40,12 @@ from distilllens.report.style import LIGHT, figure_png, figure_svg
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def write_lens_report(arguments: argparse.Namespace, command: str) -> None:
+def write_lens_report(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     """Reads the models through their lenses, writes the report, and prints the page's path.
 
     Args:
         arguments: Of `parse_lens_arguments`.
-        command: As it was typed, for the page's footer.
+        options: As they were typed, for the page's footer.
 
     Raises:
         ConfigError: A model is missing or broken, or shares no tokens with the others; no such
@@ -59,6 +61,7 @@ def write_lens_report(arguments: argparse.Namespace, command: str) -> None:
     console = Console()
     study = build_study(settings, console)
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    command = f"python -m distilllens lens {shlex.join(public_command(options))}"
     document = study_document(study)
     page = render_lens_page(study, document, footer=f"Written {written} by {command}.")
     for panel in study_panels(study):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distilllens.lens_matrix import LensMap
+from distilllens.public import public_path
 from distilllens.report.lens.readings import LensReadings
 from distilllens.report.lens.statistics import STATISTICS, statistics_rows
 from distilllens.report.lens.study import Study
@@ -23,7 +24,8 @@ PROBABILITY_UNIT = 10_000
 
 
 def study_document(study: Study) -> dict[str, Any]:
-    """Returns all numbers as JSON values; the page draws from the same document.
+    """Returns all numbers as JSON values; the page draws from the same document, which is shared:
+    paths are as `public_path` gives them.
 
     Layers count from 1 everywhere; a list over layers begins with the first block. In ``samples``
     a token is its place in ``tokens``, entropies are in nats to three decimals, probabilities in
@@ -37,7 +39,7 @@ def study_document(study: Study) -> dict[str, Any]:
             {
                 "role": model.role,
                 "label": model.label,
-                "path": model.path,
+                "path": public_path(model.path),
                 "layers": model.num_layers,
                 "head_rows": model.vocab_rows,
                 "statistics": {
@@ -57,7 +59,7 @@ def study_document(study: Study) -> dict[str, Any]:
             for statistic in STATISTICS
         ],
         "data": {
-            "file": str(study.settings.data),
+            "file": public_path(str(study.settings.data)),
             "records": study.held_out.num_records,
             "left_out": study.held_out.num_left_out,
             "tokens": study.after.num_tokens,

@@ -57,9 +57,14 @@ function startMaps() {
     const cell = event.pointerType === "mouse" ? cellOf(event.target) : null;
     if (cell) showCell(cell);
   });
-  maps.addEventListener("pointerleave", (event) => {
-    if (event.pointerType === "mouse") showCell(state.focus);
-  });
+  // The panel may open under the pointer: then it stays, until the pointer leaves that too.
+  const detail = document.getElementById("detail");
+  const goes = (event, to) => event.relatedTarget instanceof Node && to.contains(event.relatedTarget);
+  for (const [one, other] of [[maps, detail], [detail, maps]]) {
+    one.addEventListener("pointerleave", (event) => {
+      if (event.pointerType === "mouse" && !goes(event, other)) showCell(state.focus);
+    });
+  }
   maps.addEventListener("click", (event) => {
     const cell = cellOf(event.target);
     if (cell) focusCell(cell);

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import matplotlib
@@ -18,6 +19,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import Colormap, to_hex
 
+from distilllens.public import public_path
 from distilllens.report.lens.statistics import (
     STATISTICS,
     PerLayer,
@@ -73,7 +75,7 @@ def render_lens_page(study: Study, document: dict[str, Any], *, footer: str) -> 
     script = "".join(loader.get_source(environment, name)[0] for name in SCRIPTS)
     return (
         environment.get_template("page.html").render(
-            title=f"{short_path(study.models[1].path)} and its teacher, layer by layer",
+            title=f"{shown_name(study.models[1].path)} and its teacher, layer by layer",
             study=study,
             tiles=summary_tiles(study),
             statistics=STATISTICS,
@@ -82,6 +84,7 @@ def render_lens_page(study: Study, document: dict[str, Any], *, footer: str) -> 
                 [model.statistics for model in study.models],
             ),
             shown=shown_value,
+            public_path=public_path,
             css=loader.get_source(environment, "page.css")[0],
             palettes=palette_css(),
             script=script,
@@ -175,7 +178,16 @@ def shown_value(statistic: Statistic, value: float) -> str:
 
 def short_path(path: str) -> str:
     """Returns the end of a path that says which model it is: without best or latest."""
-    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
-    while len(parts) > 1 and parts[-1] in ("best", "latest", "student"):
-        parts.pop()
-    return "/".join(parts[-2:]) if parts else path
+    return "/".join(_model_folder(path).parts[-2:])
+
+
+def shown_name(path: str) -> str:
+    """Returns the same as it may be shown to anybody."""
+    return short_path(public_path(str(_model_folder(path))))
+
+
+def _model_folder(path: str) -> PurePosixPath:
+    folder = PurePosixPath(path.replace("\\", "/"))
+    while folder.name in ("best", "latest", "student") and folder.parent.name:
+        folder = folder.parent
+    return folder

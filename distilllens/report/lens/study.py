@@ -157,13 +157,23 @@ class _Reader:
         """Finds everything wrong that configurations and tokenizers tell, before weights load."""
         settings = self.settings
         configs = [
-            load_model_config(s.path, trust_remote_code=s.trust_remote_code, revision=s.revision)
+            load_model_config(
+                s.path,
+                trust_remote_code=s.trust_remote_code,
+                revision=s.revision,
+                option=f"--{s.role}",
+            )
             for s in settings.sources
         ]
         self.depths = [num_blocks(config) for config in configs]
         self.contexts = [n for config in configs if (n := context_length(config)) is not None]
         tokenizers = [
-            load_tokenizer(s.path, trust_remote_code=s.trust_remote_code, revision=s.revision)
+            load_tokenizer(
+                s.path,
+                trust_remote_code=s.trust_remote_code,
+                revision=s.revision,
+                option=f"--{s.role}",
+            )
             for s in settings.sources
         ]
         rows = [vocab_rows(config) for config in configs]

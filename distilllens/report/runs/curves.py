@@ -8,8 +8,14 @@ from dataclasses import dataclass
 
 from distilllens.report.runs.groups import RunGroup
 
-PER_LAYER = re.compile(r"train/(lens|hidden)/(.+)/L(\d+)")
-"""Term, divergence or distance, student layer: drawn as a heatmap, not as curves."""
+PER_LAYER = re.compile(r"train/(lens|lens_coeff|hidden)/(.+)/L(\d+)")
+"""Term, its kind and student layer: drawn as a heatmap, not as curves."""
+LAYER_TERMS = {
+    "lens": "Lens divergence",
+    "lens_coeff": "Weight of the lens",
+    "hidden": "Hidden-state distance",
+}
+"""What is shown of those terms."""
 COUNTS = ("eval/dev/num",)
 """Not worth a panel: how many dev records were answered, the same at each evaluation."""
 
@@ -85,7 +91,7 @@ CURVES = (
         key="train/lens_coeff",
         title="Weight of the lens term",
         unit="λ",
-        caption="As its schedule ran.",
+        caption="As its schedule ran; the mean over the paired layers.",
     ),
     Curve(
         key="train/lr",
@@ -117,7 +123,7 @@ CURVES = (
         key="perf/tokens_per_s",
         title="Throughput, all tokens",
         unit="tokens per second",
-        caption="Prompt and response tokens, over all processes.",
+        caption="Prompt and response tokens without padding, over all processes.",
     ),
     Curve(
         key="perf/response_tokens_per_s",

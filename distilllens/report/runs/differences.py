@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from distilllens.parsing import scalars
 from distilllens.report.runs.groups import RunGroup
 from distilllens.report.runs.record import RunRecord
 from distilllens.report.tables import MISSING
@@ -41,7 +41,7 @@ def compare_configurations(groups: Sequence[RunGroup]) -> Differences:
 
 def _flatten_run(run: RunRecord) -> dict[str, str]:
     """Returns the options as text, then what else decides a result: data, commit, libraries."""
-    options = dict(_flatten(dataclasses.asdict(run.config)))
+    options = dict(scalars(dataclasses.asdict(run.config)))
     told = {key: _text(value) for key, value in options.items() if key not in PLACES}
     versions = run.environment.get("versions")
     told["data fingerprint"] = str(run.data.get("fingerprint") or MISSING)[:12]
@@ -49,15 +49,6 @@ def _flatten_run(run: RunRecord) -> dict[str, str]:
     for name, version in versions.items() if isinstance(versions, Mapping) else ():
         told[f"version of {name}"] = str(version)
     return told
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every dotted key whose value is no mapping."""
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _text(value: object) -> str:

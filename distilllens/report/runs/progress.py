@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from distilllens.config import clock
 from distilllens.report.runs.record import RunRecord
 from distilllens.report.tables import MISSING
 
@@ -169,13 +170,6 @@ def progress_table(rows: Sequence[Progress], *, title: str) -> Table:
     for row in rows:
         table.add_row(*row.cells())
     return table
-
-
-def clock(seconds: float) -> str:
-    """Returns a time as h:mm:ss."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
 
 
 def _roughly(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from distilllens.errors import ConfigError, DataError
 from distilllens.layers import LayerPair
 from distilllens.report.runs.metrics_file import MetricsLine, read_metrics
 from distilllens.report.scores.load import SEED_FOLDER, list_some, unique_labels
+from distilllens.runs import read_json
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
@@ -170,35 +170,16 @@ def read_run(folder: Path, config: TrainConfig, lines: Sequence[MetricsLine]) ->
         label=method_name(config),
         config=config,
         lines=tuple(lines),
-        environment=_read_object(folder / "environment.json"),
-        data=_read_object(folder / "data.json"),
-        status=_read_object(folder / "status.json"),
+        environment=read_json(folder / "environment.json", {}),
+        data=read_json(folder / "data.json", {}),
+        status=read_json(folder / "status.json", {}),
         pairs=_read_pairs(folder / "layers.json"),
     )
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON: {error}", fix="remove the file") from None
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    """Returns a JSON object's content, empty where an early or unfinished run has no such file."""
-    if not path.is_file():
-        return {}
-    content = _read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _read_pairs(path: Path) -> tuple[LayerPair, ...]:
-    if not path.is_file():
-        return ()
-    content = _read_json(path)
-    if not isinstance(content, list) or not all(_is_pair(entry) for entry in content):
+    content = read_json(path, [])
+    if not all(_is_pair(entry) for entry in content):
         raise DataError(f'{path}: expected a list of {{"teacher": i, "student": j}}')
     return tuple(LayerPair(teacher=pair["teacher"], student=pair["student"]) for pair in content)
 

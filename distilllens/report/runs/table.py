@@ -54,7 +54,9 @@ def _describe(run: RunRecord) -> dict[str, str]:
         "data": config.data.path,
         "generated answers": config.data.generated or MISSING,
         "data fingerprint": _short(run.data.get("fingerprint")),
-        "records": _counts({k: v for k, v in run.data.items() if k != "fingerprint"}),
+        "records": _counts(
+            {k: v for k, v in run.data.items() if k not in ("fingerprint", "source")}
+        ),
         "learning rate": f"{optim.lr:g} → {optim.lr_min:g}, {optim.schedule}",
         "batch": f"{optim.micro_batch_size} per process × {optim.accumulation} accumulated",
         "steps": str(run.num_steps) if run.lines else MISSING,

@@ -90,7 +90,7 @@ class Method:
         return len({score.training_seed for score in self.scores}) > 1
 
     def by_unit(self, metric: str) -> dict[str, dict[int, float]]:
-        """Returns the metric by set and unit (see `tables`), where it was measured.
+        """Returns the metric by set and unit (see `table`), where it was measured.
 
         A unit is a training seed with the mean over its sampling seeds, or a sampling seed; of
         what is measured once per set always a training.
