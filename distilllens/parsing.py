@@ -336,7 +336,7 @@ def _wrong_value(told: str, types: Mapping[str, Any], prog: str) -> ConfigError:
         return ConfigError(told[:LONGEST_MESSAGE], fix=f"{prog} --help")
     value, name = f"{values[0]:.80}", key.rpartition(".")[2]
     fix = f"{prog} --help"
-    if types[key] is str:
+    if "<class 'str'>" in told:
         fix = f"quote it in YAML, as in {name}: '…'"
     elif "<class 'list'>" in told:
         fix = f"a list stands in brackets: --{key} '[{value}]', or {name}: [{value}] in YAML"
