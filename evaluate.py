@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from distilllens.evaluation.command import evaluate_main as main
+from distilllens.cli.evaluate import evaluate_main as main
 
 __all__ = ["main"]
 

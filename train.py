@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from distilllens.session import train_main
+from distilllens.cli.train import train_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:

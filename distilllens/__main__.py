@@ -6,60 +6,61 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from distilllens.errors import asks_for_debug, end_command
+from distilllens.cli.ending import end_command
+from distilllens.errors import asks_for_debug
 
 COMMANDS = {
-    "prepare": ("distilllens.data.prepare", "prepare_main", "tokenise records, or download them"),
+    "prepare": ("distilllens.cli.prepare", "prepare_main", "tokenise records, or download them"),
     "skills": (
-        "distilllens.commands.skills",
+        "distilllens.cli.skills",
         "skills_main",
         "write the embedded data set and models",
     ),
     "make-student": (
-        "distilllens.commands.make_student",
+        "distilllens.cli.make_student",
         "make_student_main",
         "cut a student out of a teacher",
     ),
     "cache-teacher": (
-        "distilllens.commands.cache_teacher",
+        "distilllens.cli.cache_teacher",
         "cache_teacher_main",
         "store the teacher's hidden states once, for trainings that then read them",
     ),
     "generate": (
-        "distilllens.commands.generate",
+        "distilllens.cli.generate",
         "generate_main",
         "sample the teacher's answers to the training prompts, to train on",
     ),
     "evaluate": (
-        "distilllens.evaluation.command",
+        "distilllens.cli.evaluate",
         "evaluate_main",
         "score a model on test sets; the same as evaluate.py",
     ),
-    "export": ("distilllens.publish.export", "export_main", "write the model of a checkpoint"),
+    "export": ("distilllens.cli.export", "export_main", "write the model of a checkpoint"),
     "judge": (
-        "distilllens.evaluation.judge.command",
+        "distilllens.cli.judge",
         "judge_main",
         "let a language model grade the answers of an evaluation, or compare two",
     ),
     "card": (
-        "distilllens.commands.card",
+        "distilllens.cli.card",
         "card_main",
         "write the model card, with the scores so far",
     ),
     "push": (
-        "distilllens.commands.push",
+        "distilllens.cli.push",
         "push_main",
         "upload an exported model to the Hugging Face hub",
     ),
     "doctor": (
-        "distilllens.commands.doctor",
+        "distilllens.cli.doctor",
         "doctor_main",
         "look at software, devices, data and runs",
     ),
-    "sweep": ("distilllens.sweep.command", "sweep_main", "compare methods on an equal budget"),
-    "report": ("distilllens.report.command", "report_main", "tables, curves and lens maps of runs"),
+    "sweep": ("distilllens.cli.sweep", "sweep_main", "compare methods on an equal budget"),
+    "report": ("distilllens.cli.report", "report_main", "tables, curves and lens maps of runs"),
     "lens": (
-        "distilllens.report.lens.command",
+        "distilllens.cli.lens",
         "lens_main",
         "what every layer of teacher and student would say, as a page",
     ),
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = asks_for_debug(rest)
     if name not in OWN_DEBUG:
         rest = [argument for argument in rest if argument != "--debug"]
-    try:  # imported late: torch takes seconds, help should not
+    try:
         return int(getattr(importlib.import_module(module), function)(rest))
     except (Exception, KeyboardInterrupt) as error:
         return end_command(error, debug=debug, interrupted="the same command starts again")

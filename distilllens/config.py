@@ -121,8 +121,8 @@ class DataConfig:
     keep_gold: bool = False
     """Train on the records' own answers too; needs generated."""
     processed: str | None = None
-    """Folder of the tokenised data; default: processed_data/NAME/full/FAMILY, or with generated
-    answers processed_data/NAME/generated-FOLDER/FAMILY."""
+    """Folder of the tokenised data, made anew where it does not fit; default: one for each choice
+    of tokenizer, lengths and records, processed_data/NAME/{full,generated-FOLDER}/FAMILY-HASH."""
     max_length: Annotated[int, Ge(2)] = 512
     """Longest prompt + response in tokens; longer responses are cut."""
     max_prompt_length: Count = 256
@@ -492,12 +492,15 @@ class JudgeConfig:
     """Show tracebacks on the screen."""
 
 
-def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> TrainConfig:
+def load_config(
+    argv: Sequence[str] | None = None, *, prog: str = "python train.py", about: str = ""
+) -> TrainConfig:
     """Reads a training configuration: YAML layers deep-merged, then flags.
 
     Args:
         argv: Arguments without the program's name; default: those of the process.
-        prog: The program's name, for ``--help``: other commands take a training's options too.
+        prog: How the program is called, for ``--help``: others take a training's options too.
+        about: What it does with them; default: it trains.
 
     Returns:
         The resolved, validated configuration.
@@ -506,7 +509,7 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") ->
         ConfigError: Unknown keys (all at once, with the nearest known name), values of a wrong
             type or range, a file that is missing or not YAML.
     """
-    config = parse_arguments(TrainConfig, argv, prog=prog)
+    config = parse_arguments(TrainConfig, argv, prog=prog, about=about)
     raise_problems(train_problems(config))
     if config.objective.approach == "seqkd" and config.data.generated is None:
         raise ConfigError(
@@ -519,7 +522,7 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str = "train.py") ->
 
 def load_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Reads an evaluation configuration; the same form and errors as `load_config`."""
-    config = parse_arguments(EvaluateConfig, argv, prog="evaluate.py")
+    config = parse_arguments(EvaluateConfig, argv, prog="python evaluate.py")
     raise_problems(evaluate_problems(config))
     return config
 

@@ -6,8 +6,6 @@ Anything else that escapes ``main`` is a bug of ours and ends with exit code 1.
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,20 +134,19 @@ def asks_for_debug(arguments: Sequence[str]) -> bool:
     return asks
 
 
-def end_command(error: Exception | KeyboardInterrupt, *, debug: bool, interrupted: str) -> int:
-    """Tells the user on the screen how a command ended, and returns the exit code.
+def unwritable(path: Path, error: Exception, *, option: str, kept: str) -> StorageError:
+    """Returns what a user should read where a command's file or folder cannot be written.
 
     Args:
-        error: What was raised; called while it is handled.
-        debug: Show the traceback too.
-        interrupted: What the same command will do, told after Ctrl-C.
+        path: Of it.
+        error: Of the system, or of a library that hides it.
+        option: That names another place, as --output_dir.
+        kept: What is safe.
     """
-    if debug:
-        traceback.print_exc()
-    if isinstance(error, KeyboardInterrupt):
-        print(f"interrupted; {interrupted}", file=sys.stderr)
-        return leave_code(EXIT_INTERRUPTED)
-    told = as_user_error(error)
-    if not told.everywhere or is_first_here():
-        print(told.format(), file=sys.stderr, flush=True)
-    return leave_code(told.exit_code, alone=not told.everywhere)
+    told = (error.strerror if isinstance(error, OSError) else "") or str(error).partition("\n")[0]
+    return StorageError(
+        f"cannot write {path}",
+        why=told or type(error).__name__,
+        fix=f"free the disk, or choose another {option}",
+        kept=kept,
+    )

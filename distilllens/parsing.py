@@ -8,16 +8,24 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from distilllens.errors import ConfigError
-from distilllens.ranges import field_ranges, range_problem
+from distilllens.plain_yaml import RefusedYamlError, load_plain_yaml
+from distilllens.ranges import describe_type, field_ranges, field_types, parts, range_problem
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,88 +36,6 @@ LARGEST_FILE = 1_000_000
 """Bytes of a YAML layer; ours have a few thousand."""
 LONGEST_MESSAGE = 400
 """Characters of what the parser says about one value: it quotes the value whole."""
-
-
-# --- YAML ---------------------------------------------------------------------------------------
-
-
-class RefusedYamlError(yaml.MarkedYAMLError):
-    """Something that YAML allows and a configuration has no use for."""
-
-
-class PlainLoader(yaml.SafeLoader):
-    """Mappings, lists and scalars only; what YAML would drop or reinterpret silently is refused.
-
-    Refused are doubled keys (YAML keeps the last), anchors, aliases, merge keys and tags. Numbers
-    are read as in YAML 1.2: no base 60, where 1:30:00 would be the number 5400, and no octals.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Looks at each node's properties before it is made."""
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise RefusedYamlError(
-                problem="anchors and aliases (& and *) are not read", problem_mark=event.start_mark
-            )
-        if tag := getattr(event, "tag", None):
-            raise RefusedYamlError(
-                problem=f"the tag {tag} is not read", problem_mark=event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Refuses keys that occur twice, and ``<<``."""
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            mark = key_node.start_mark
-            if key == "<<":
-                raise RefusedYamlError(problem="merge keys (<<) are not read", problem_mark=mark)
-            if key is not None and key in lines:
-                first = f"first in line {lines[key]}"
-                raise RefusedYamlError(
-                    problem=f"key {key!r:.80} occurs twice, {first}", problem_mark=mark
-                )
-            lines[key] = mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-PlainLoader.yaml_implicit_resolvers = {
-    first: kept
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    if (kept := [(t, r) for t, r in resolvers if t.endswith((":bool", ":null", ":merge"))])
-}
-PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$"),
-    list("-+0123456789"),
-)
-PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
-        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
-        r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def load_plain_yaml(text: str) -> Any:
-    """Returns the content of a YAML text, read by `PlainLoader`.
-
-    Raises:
-        yaml.YAMLError: Not YAML, or something that is refused, with its line where that is known.
-    """
-    loader = PlainLoader(text)
-    try:
-        return loader.get_single_data()
-    except RecursionError:
-        raise RefusedYamlError(problem="nested too deeply") from None
-    except ValueError as error:  # a number of more than 4300 digits
-        raise RefusedYamlError(problem=str(error)) from None
-    finally:
-        loader.dispose()
 
 
 set_loader("plain_yaml", load_plain_yaml, exceptions=(yaml.YAMLError,))
@@ -126,21 +52,31 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(message, fix=f"{self.prog} --help")
 
 
-def parse_arguments(config_class: type[T], argv: Sequence[str] | None, *, prog: str) -> T:
+def parse_arguments(
+    config_class: type[T], argv: Sequence[str] | None, *, prog: str, about: str = ""
+) -> T:
     """Parses ``argv`` into ``config_class``, every value within its option's range.
+
+    Args:
+        config_class: Of all options.
+        argv: Arguments; None: those of the process.
+        prog: How the program is called, as it can be copied.
+        about: What it does, for ``--help``; default: the first line of the class's docstring.
 
     Raises:
         ConfigError: Unknown keys, all at once; a value of a wrong type; all that are out of range,
             not finite, beyond 64 bits, or with control characters; a file that is missing, not
             YAML, or more than plain YAML.
     """
-    parser = build_parser(config_class, prog=prog)
+    parser = build_parser(config_class, prog=prog, about=about)
     arguments = _spell_out_switches(sys.argv[1:] if argv is None else argv)
-    raise_problems([*_yaml_problems(parser, arguments), *_flag_problems(parser, arguments)])
+    layers, refused = _read_layers(arguments)
+    unknown = [*_layer_problems(parser, layers), *_flag_problems(parser, arguments)]
+    raise_problems([*refused, *unknown], fix=EVERY_KEY if unknown else "")
     try:
         namespace = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        raise _wrong_value(_one_line(str(error)), prog) from None
+        raise _wrong_value(_one_line(str(error)), field_types(config_class), prog) from None
     values = vars(parser.instantiate(namespace))
     config = config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})
     raise_problems(list(_value_problems(config)))
@@ -148,22 +84,50 @@ def parse_arguments(config_class: type[T], argv: Sequence[str] | None, *, prog: 
 
 
 @cache
-def build_parser(config_class: type, *, prog: str) -> ArgumentParser:
+def build_parser(config_class: type, *, prog: str, about: str = "") -> ArgumentParser:
     """Returns the parser of a configuration class; its field docstrings are the help texts.
 
     Made once: it costs twice as much as a parse, and a sweep parses once for each method.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=prog, exit_on_error=False, default_env=False, parser_mode="plain_yaml"
+        prog=prog,
+        usage="%(prog)s [--config FILE …] [--KEY VALUE …]",
+        exit_on_error=False,
+        default_env=False,
+        parser_mode="plain_yaml",
     )
     parser.add_argument("--config", action="config", help="YAML file; may be given several times")
     parser.add_class_arguments(config_class, as_group=True)
-    ranges = field_ranges(config_class)
+    _tell_program(parser, config_class, about)
+    types, ranges = field_types(config_class), field_ranges(config_class)
     for action in parser._actions:
         if told := ranges.get(action.dest):
             action.help = f"{action.help} Range: {told}."
+        elif action.dest not in ("help", "config", "print_config", *types):
+            action.help = argparse.SUPPRESS  # the library's own
+        for part in parts(types.get(action.dest)):
+            if part is types[action.dest]:
+                action.help = argparse.SUPPRESS  # a section: its keys stand below
+            else:
+                action.help = f"{action.help} {_tell_keys(part, action.dest)}"
     return parser
+
+
+def _tell_program(parser: ArgumentParser, config_class: type, about: str) -> None:
+    """Puts what the program does on top; the keys without a section had it as their title."""
+    title = (config_class.__doc__ or "").partition("\n")[0].removesuffix(".")
+    parser.description = about or f"{title}."
+    for group in parser._action_groups:
+        if group.title == title:
+            group.title = "without a section"
+
+
+def _tell_keys(part: type, section: str) -> str:
+    """Returns what the keys of an optional section mean: the library shows its name alone."""
+    actions = build_parser(part, prog="")._actions
+    keys = [action for action in actions if action.dest in field_types(part)]
+    return " ".join(f"--{section}.{k.dest}: {k.help} Default: {k.default}." for k in keys)
 
 
 SWITCHES = ("dry_run", "debug", "overwrite", "download", "token_metrics", "exposure_bias")
@@ -193,13 +157,19 @@ def _known_keys(parser: ArgumentParser) -> set[str]:
     return keys
 
 
-def did_you_mean(key: str, known: set[str]) -> str:
-    """Returns a hint at the nearest known key: first as a whole, then by its last part."""
+def did_you_mean(key: str, known: set[str], *, before: str = "") -> str:
+    """Returns a hint at the nearest known key: first as a whole, then by its last part.
+
+    Args:
+        key: As it was given.
+        known: All keys.
+        before: What stands before a key where it can be copied, as -- or a folder.
+    """
     last_parts = {k.rsplit(".", 1)[-1]: k for k in sorted(known, reverse=True)}
     whole = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     last = difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1, cutoff=0.75)
     guess = whole[0] if whole else (last_parts[last[0]] if last else "")
-    return f" (did you mean {guess}?)" if guess else ""
+    return f" (did you mean {before}{guess}?)" if guess else ""
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -228,32 +198,35 @@ def _config_paths(argv: Sequence[str]) -> Iterator[Path]:
             yield Path(argument.removeprefix("--config="))
 
 
-def _yaml_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+def _read_layers(argv: Sequence[str]) -> tuple[dict[Path, Mapping[str, Any]], list[str]]:
+    """Returns the content of each ``--config`` file, and what is wrong with those not read."""
+    layers: dict[Path, Mapping[str, Any]] = {}
+    refused = []
+    for path in _config_paths(argv):
+        try:
+            layers[path] = read_mapping(path)
+        except ConfigError as error:
+            refused.append(error.what)
+    return layers, refused
+
+
+def _layer_problems(
+    parser: ArgumentParser, layers: Mapping[Path, Mapping[str, Any]]
+) -> Iterator[str]:
     known = _known_keys(parser)
     sections = {key.rpartition(".")[0] for key in known if "." in key}
     optional = _optional_keys(parser)
-    problems = []
-    for path in _config_paths(argv):
-        try:
-            content = read_mapping(path)
-        except ConfigError as error:
-            problems.append(error.what)
-            continue
-        problems += [
-            f"{path}: unknown key {key}{did_you_mean(key, known)}"
-            for key in _flatten(content)
-            if key not in known
-        ]
-        problems += [
-            f"{path}: {section} must be a mapping of keys, got {value!r:.40}"
-            for section, value in scalars(content)
-            if section in sections and not (value is None and section in optional)
-        ]
-    return problems
+    for path, content in layers.items():
+        for key in _flatten(content):
+            if key not in known:
+                yield f"{path}: unknown key {key}{did_you_mean(key, known)}"
+        for section, value in scalars(content):
+            if section in sections and not (value is None and section in optional):
+                yield f"{path}: {section} must be a mapping of keys, got {value!r:.40}"
 
 
 def read_mapping(path: Path) -> Mapping[str, Any]:
-    """Returns the mapping that a YAML file holds, read by `PlainLoader`.
+    """Returns the mapping that a YAML file holds, read by `load_plain_yaml`.
 
     Raises:
         ConfigError: It is not there, not readable, not YAML, more than plain YAML, or no mapping.
@@ -275,7 +248,7 @@ def _read_layer(path: Path) -> str:
     """
     try:
         if not path.is_file():
-            raise ConfigError(f"--config {path}: no such file")
+            raise ConfigError(f"--config {path}: no such file{_near_file(path)}")
         if (size := path.stat().st_size) > LARGEST_FILE:
             raise ConfigError(f"--config {path}: {size:,} bytes are no configuration")
         content = path.read_bytes()
@@ -288,6 +261,13 @@ def _read_layer(path: Path) -> str:
         raise ConfigError(
             f"{path}:{line}: not YAML: invalid UTF-8 (0x{content[error.start]:02x})"
         ) from None
+
+
+def _near_file(path: Path) -> str:
+    """Returns a hint at the file of its folder with the nearest name."""
+    folder = path.parent
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    return did_you_mean(path.name, names, before="" if folder == Path() else f"{folder}/")
 
 
 def _yaml_problem(path: Path, error: yaml.YAMLError) -> str:
@@ -306,17 +286,17 @@ def _optional_keys(parser: ArgumentParser) -> set[str]:
     return {key for key, parts in hints.items() if type(None) in parts}
 
 
-def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+def _flag_problems(parser: ArgumentParser, argv: Sequence[str]) -> Iterator[str]:
     known = _known_keys(parser)
-    extra = {"help", "print_config", "config"}
-    problems = []
+    sections = {key.rpartition(".")[0] for key in known if "." in key} - _optional_keys(parser)
     for argument in argv:
+        key = argument.removeprefix("--").partition("=")[0].removesuffix("+")
         if not argument.startswith("--"):
             continue
-        key = argument[2:].split("=", 1)[0].removesuffix("+")
-        if key not in known | extra and not key.endswith(".help"):
-            problems.append(f"unknown flag --{key}{did_you_mean(key, known)}")
-    return problems
+        if key in sections:  # the library would read a file there
+            yield f"--{key} is a section: give its keys, as --{key}.KEY, or a file with --config"
+        elif key not in known | {"help", "print_config", "config"}:
+            yield f"unknown flag --{key}{did_you_mean(key, known, before='--')}"
 
 
 def _value_problems(config: Any, prefix: str = "") -> Iterator[str]:
@@ -347,18 +327,20 @@ def _item_problem(value: Any) -> str:
     return ""
 
 
-def _wrong_value(told: str, prog: str) -> ConfigError:
-    """Shortens what the parser says about a value of a wrong type."""
-    text_wanted = re.fullmatch(
-        r"""Parser key "([^"]+)": .*?Expected a <class 'str'>.*?(?:Got|Given) value: (.*)""", told
-    )
-    if text_wanted is None:
-        return ConfigError(told[:LONGEST_MESSAGE], fix=f"python {prog} --help")
-    key, value = text_wanted.groups()
-    return ConfigError(
-        f"{key}: expected a text, got {value:.80}",
-        fix=f"quote it in YAML, as in {key.rpartition('.')[2]}: '…'",
-    )
+def _wrong_value(told: str, types: Mapping[str, Any], prog: str) -> ConfigError:
+    """Says in the option's own terms what the parser says about a value of a wrong type."""
+    keys = re.findall(r'Parser key "([^"]+)"', told)
+    key = ".".join(keys) if ".".join(keys) in types else "".join(keys[:1])
+    values = re.findall(r"(?:Got|Given) value: (.*?)(?= - Expected|$)", told)
+    if key not in types or not values:
+        return ConfigError(told[:LONGEST_MESSAGE], fix=f"{prog} --help")
+    value, name = f"{values[0]:.80}", key.rpartition(".")[2]
+    fix = f"{prog} --help"
+    if "<class 'str'>" in told:
+        fix = f"quote it in YAML, as in {name}: '…'"
+    elif "<class 'list'>" in told:
+        fix = f"a list stands in brackets: --{key} '[{value}]', or {name}: [{value}] in YAML"
+    return ConfigError(f"{key} must be {describe_type(types[key])}, got {value}", fix=fix)
 
 
 def _one_line(text: str) -> str:
@@ -370,10 +352,13 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def raise_problems(problems: Sequence[str]) -> None:
+EVERY_KEY = "--help lists every key with its meaning and default"
+
+
+def raise_problems(problems: Sequence[str], *, fix: str = EVERY_KEY) -> None:
     """Raises one ConfigError that tells all problems; does nothing if there are none."""
     if not problems:
         return
     count = len(problems)
     what = problems[0] if count == 1 else f"{count} problems: {'; '.join(problems)}"
-    raise ConfigError(_printable(what), fix="--help lists every key with its meaning and default")
+    raise ConfigError(_printable(what), fix=fix)

@@ -17,8 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distilllens import __version__
 from distilllens.errors import ConfigError, DataError, StorageError, UserError
 from distilllens.runtime.manifest import DRAFT, saved_states
@@ -290,6 +288,8 @@ def newest_state(folder: RunFolder) -> Path | None:
 
 def environment_record(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns versions, git commit, machine, command and variables that matter, without secrets."""
+    import torch  # late: commands write shown_command before they load it
+
     command = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import torch
 
-from distilllens.config import TrainConfig, dump_config, load_config, parse_wall_time
+from distilllens.config import TrainConfig, dump_config, parse_wall_time
 from distilllens.data.tokenize import PreparedData
 from distilllens.errors import (
     EXIT_OK,
     DistributedError,
     UserError,
     as_user_error,
-    asks_for_debug,
     is_first_here,
     leave_code,
 )
@@ -47,7 +46,7 @@ from distilllens.runtime.faults import check_faults
 from distilllens.runtime.libraries import quiet_libraries
 from distilllens.runtime.lock import locked
 from distilllens.runtime.nodes import check_shared
-from distilllens.runtime.signals import Stopped, StopRequest, steady_screen
+from distilllens.runtime.signals import Stopped, StopRequest
 from distilllens.runtime.watchdog import watching
 from distilllens.student import Teacher
 from distilllens.tracking import Tracker, trim_metrics
@@ -80,41 +79,39 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a file system that is full, or has become read-only."""
 
 
-def train_main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the arguments say and returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    with steady_screen(), ExitStack() as held:  # the lock goes after the last word in status.json
-        return _session(arguments, held)
+def train(config: TrainConfig, arguments: Sequence[str]) -> int:
+    """Trains, or tells what a training would do, and returns the exit code.
 
-
-def _session(arguments: list[str], held: ExitStack) -> int:
-    debug = asks_for_debug(arguments)
+    Args:
+        config: Of the run.
+        arguments: It was read from, for the record and the command that goes on.
+    """
     folder = None  # until it is known to be ours to write into
-    try:
-        config = load_config(arguments)
-        debug = config.debug
-        quiet_libraries()
-        if config.dry_run:
-            dry_run(config)
-            return EXIT_OK
-        check_faults()
-        timeout = parse_wall_time(config.run.timeout, "run.timeout")
-        device = distributed.initialize(timedelta(seconds=timeout))
-        claimed = create_run_folder(config.run.output_dir)
-        note = held.enter_context(locked(claimed.lock))
-        check_shared(claimed.root)
-        resumed, changes = claim_folder(config, claimed)
-        distributed.barrier()  # the others must not find what the first process writes now
-        folder = claimed
-        run_id = secrets.token_hex(4) if resumed is None else saved_tracker_id(resumed)
-        with build_trainer(config, folder, device, arguments, run_id, resumed) as trainer:
-            for line in filter(None, (note, changes)):
-                trainer.tracker.say(line)
-            _train(trainer, folder, resumed)
-    except KeyboardInterrupt:  # before anything listened to signals
-        return _end(folder, Stopped("SIGINT: stopped before the start", code=130), debug=debug)
-    except Exception as error:
-        return _end(folder, error, debug=debug)
+    with ExitStack() as held:  # the lock goes after the last word in status.json
+        try:
+            quiet_libraries()
+            if config.dry_run:
+                dry_run(config)
+                return EXIT_OK
+            check_faults()
+            timeout = parse_wall_time(config.run.timeout, "run.timeout")
+            device = distributed.initialize(timedelta(seconds=timeout))
+            claimed = create_run_folder(config.run.output_dir)
+            note = held.enter_context(locked(claimed.lock))
+            check_shared(claimed.root)
+            resumed, changes = claim_folder(config, claimed)
+            distributed.barrier()  # the others must not find what the first process writes now
+            folder = claimed
+            run_id = secrets.token_hex(4) if resumed is None else saved_tracker_id(resumed)
+            with build_trainer(config, folder, device, arguments, run_id, resumed) as trainer:
+                for line in filter(None, (note, changes)):
+                    trainer.tracker.say(line)
+                _train(trainer, folder, resumed)
+        except KeyboardInterrupt:  # before anything listened to signals
+            stopped = Stopped("SIGINT: stopped before the start", code=130)
+            return _end(folder, stopped, debug=config.debug)
+        except Exception as error:
+            return _end(folder, error, debug=config.debug)
     distributed.shutdown()
     return EXIT_OK
 

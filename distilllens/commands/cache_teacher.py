@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import signal
 import time
@@ -29,12 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distilllens.config import TrainConfig, load_config
+from distilllens.config import TrainConfig
 from distilllens.data.collate import collate_columns
 from distilllens.data.progress import track
 from distilllens.data.tokenize import PreparedData, record_lengths, response_rows
 from distilllens.errors import (
-    EXIT_OK,
     ConfigError,
     NumericsError,
     StorageError,
@@ -42,14 +40,20 @@ from distilllens.errors import (
 from distilllens.kernels.chunks import LogitTransform, Unembedding
 from distilllens.runs import write_json
 from distilllens.runtime import distributed
-from distilllens.runtime.libraries import quiet_libraries
+from distilllens.runtime.shards import (
+    Shard,
+    cut_shards,
+    open_folder,
+    shards_missing,
+    unwritable_shard,
+)
 from distilllens.runtime.signals import Stopped, StopRequest
 from distilllens.student import Teacher
 from distilllens.teacher.cache import (
     HEAD,
     MANIFEST,
     METADATA,
-    Shard,
+    OPTION,
     bytes_per_row,
     cache_key,
     check_same_key,
@@ -59,6 +63,7 @@ from distilllens.teacher.cache import (
     read_manifest,
     relative_errors,
     shard_metadata,
+    shard_path,
 )
 from distilllens.training.setup import Plan, load_data, plan_run, run_teacher
 
@@ -66,20 +71,6 @@ SHARD_BYTES = 256 * 2**20
 """Shards are as large as this, or one record: what a killed run loses at most."""
 SPARE_DISK = 1.05
 """Free space that must be there, as a share of what will be written."""
-
-
-def cache_teacher_main(argv: Sequence[str]) -> int:
-    """Caches as the arguments say; returns 0.
-
-    Raises:
-        UserError: As `cache_teacher`.
-    """
-    command = shlex.join(["python", "-m", "distilllens", "cache-teacher", *argv])
-    config = load_config(argv, prog="python -m distilllens cache-teacher")
-    quiet_libraries()
-    cache_teacher(config, distributed.initialize(), StopRequest(resume_command=command))
-    distributed.shutdown()
-    return EXIT_OK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +180,7 @@ def plan_cache(config: TrainConfig, device: torch.device, console: Console) -> C
     row_counts = response_rows(data.train)
     width = teacher.unembedding().head_VD.shape[1]
     row_bytes = bytes_per_row(len(layers), width, config.model.teacher_cache_bits)
-    shards = plan_shards(row_counts, row_bytes)
+    shards = cut_shards(row_counts, max(1, SHARD_BYTES // row_bytes))
     return CacheJob(
         plan=plan,
         data=data,
@@ -209,23 +200,6 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def plan_shards(row_counts: np.ndarray, row_bytes: int) -> list[Shard]:
-    """Cuts records into shards of at most `SHARD_BYTES`, or of one record.
-
-    The cut depends on what comes before it only: more records change the last shard at most.
-    """
-    ends = np.cumsum(row_counts)
-    limit = max(1, SHARD_BYTES // row_bytes)
-    shards: list[Shard] = []
-    first = done = 0
-    while first < len(row_counts):
-        stop = max(first + 1, int(np.searchsorted(ends, done + limit, side="right")))
-        rows = int(ends[stop - 1]) - done
-        shards.append(Shard(number=len(shards), first=first, stop=stop, rows=rows))
-        first, done = stop, done + rows
-    return shards
-
-
 # --- Making it ----------------------------------------------------------------------------------
 
 
@@ -237,7 +211,7 @@ def make_cache(job: CacheJob, device: torch.device, stop: StopRequest, console: 
     """
     distributed.barrier()  # all have read the manifest that goes now
     if distributed.is_main():
-        open_folder(job.folder)
+        open_folder(OPTION, job.folder, job.folder / MANIFEST)
     own = job.missing[distributed.rank() :: distributed.world_size()]
     own_rows = sum(shard.rows for shard in own)
     started = time.monotonic()
@@ -330,10 +304,7 @@ def finish(job: CacheJob) -> dict[str, float]:
     """
     stored = [shard_metadata(job.folder, shard) for shard in job.shards]
     if any(metadata is None for metadata in stored):
-        raise StorageError(
-            f"model.teacher_cache={job.folder} lacks shards that other processes wrote",
-            why="all processes must see the same folder",
-        )
+        raise shards_missing(OPTION, job.folder)
     sums_K = np.sum([metadata["error_sums"] for metadata in stored if metadata], axis=0)
     rows = sum(shard.rows for shard in job.shards)
     names = ["final", *(f"L{layer:02d}" for layer in job.teacher.layers)]
@@ -354,22 +325,6 @@ def finish(job: CacheJob) -> dict[str, float]:
 # --- Writing it ---------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path) -> None:
-    """Makes the folder, or takes the manifest away from one that is worked on again.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    probe = folder / ".probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        (folder / MANIFEST).unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
 def write_manifest(folder: Path, content: Mapping[str, Any], head: Unembedding) -> None:
     """Writes the head and then the manifest: the cache is now whole.
 
@@ -387,7 +342,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any], head: Unembedding) 
     try:
         write_json(folder / MANIFEST, {**content, "transform": transform})
     except OSError as error:
-        raise _unwritable(folder / MANIFEST, error) from None
+        raise unwritable_shard(OPTION, folder / MANIFEST, error) from None
 
 
 def write_shard(
@@ -411,7 +366,7 @@ def write_shard(
         StorageError: No space, or no right to write.
     """
     content = {"key": key, "first": shard.first, "stop": shard.stop, "error_sums": error_sums}
-    _write_tensors(folder / shard.file, tensors, content)
+    _write_tensors(shard_path(folder, shard), tensors, content)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -425,13 +380,4 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], about: Mapping[str, A
         os.replace(draft, path)
     except (OSError, SafetensorError) as error:
         draft.unlink(missing_ok=True)
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: Exception) -> StorageError:
-    return StorageError(
-        f"could not write {path}",
-        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix="free some space, or choose another --model.teacher_cache",
-        kept="finished shards; the same command goes on with the others",
-    )
+        raise unwritable_shard(OPTION, path, error) from None

@@ -1,9 +1,7 @@
-"""`python -m distilllens card MODEL_FOLDER`: the model card again, with the scores so far."""
+"""A model's card again, with the scores so far."""
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 from distilllens.config import load_config
 from distilllens.errors import ConfigError, StorageError
 from distilllens.model_files import check_folder
-from distilllens.parsing import CommandParser
 from distilllens.publish.card import CARD, UNKNOWN, own_licence, write_card
 from distilllens.publish.card_facts import (
     CardFacts,
@@ -25,7 +22,6 @@ from distilllens.publish.card_facts import (
 )
 from distilllens.publish.card_scores import CardScore, mirrored_evaluations, scores_of_model
 from distilllens.runs import is_finished, read_status
-from distilllens.runtime.libraries import quiet_libraries
 
 
 def facts_of_model(folder: Path) -> CardFacts:
@@ -88,41 +84,11 @@ def refresh_card(
     return scores
 
 
-def card_main(argv: Sequence[str] | None = None) -> int:
-    """Writes a model's card again; returns 0.
-
-    Raises:
-        ConfigError: Wrong usage, no model, or nothing that tells how it was trained.
-        DataError: A damaged file.
-        StorageError: The card cannot be written.
-    """
-    parser = CommandParser(
-        prog="python -m distilllens card",
-        description="Write the model card of an exported model (again): README.md, with the scores "
-        "of evaluations of these very weights.",
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL_FOLDER", type=Path, help="best/ or latest/ of a run, or an export")
-    add("--eval", metavar="DIR", nargs="+", type=Path, help="folders that evaluate.py wrote; "
-        "default: results/eval_main/X for a model in results/train/X")  # fmt: skip
-    add("--licence", metavar="ID", help="of this model, as the hub names it: apache-2.0, mit …")
-    add("--base_model", metavar="NAME", help="hub name of the student that training began with")
-    add("--datasets", metavar="NAME", nargs="+", help="hub names of the training data")
-    add("--language", metavar="CODE", nargs="+", help="en, de …")
-    arguments = parser.parse_args(sys.argv[2:] if argv is None else list(argv))
-    quiet_libraries()
-    if arguments.licence and not re.fullmatch(r"[a-z0-9.+-]+", arguments.licence):
-        raise ConfigError(f"--licence {arguments.licence!r} is no identifier, as apache-2.0")
-    said = {
-        "licence": arguments.licence,
-        "base_model": arguments.base_model,
-        "datasets": arguments.datasets and tuple(arguments.datasets),
-        "language": arguments.language and tuple(arguments.language),
-    }
-    scores = refresh_card(arguments.model, arguments.eval, said)
-    facts = facts_of_model(arguments.model)
+def describe_card(folder: Path, scores: Sequence[CardScore]) -> str:
+    """Returns what a user should know of a model's new card: its sets and its licence."""
     sets = ", ".join(sorted({score.test_set for score in scores}))
-    print(f"{arguments.model / CARD}: {f'scores on {sets}' if sets else 'no scores'}")
-    licence, reason = own_licence(facts)
-    print(f"licence: {licence or UNKNOWN} ({reason})")
-    return 0
+    licence, reason = own_licence(facts_of_model(folder))
+    return (
+        f"{folder / CARD}: {f'scores on {sets}' if sets else 'no scores'}\n"
+        f"licence: {licence or UNKNOWN} ({reason})"
+    )

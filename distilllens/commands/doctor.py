@@ -1,4 +1,4 @@
-"""``python -m distilllens doctor [RUN]``: what a run would find on this machine, line by line.
+"""What a run would find on this machine, line by line.
 
 Each line has a verdict: ``ok``, ``note`` (works, but worth knowing) or ``problem``, and says what
 to do. The whole is what a bug report needs, without secrets. Nothing is changed, and nothing
@@ -23,13 +23,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distilllens.errors import EXIT_OK, ConfigError
-from distilllens.parsing import CommandParser
+from distilllens.errors import ConfigError
 from distilllens.runs import RunFolder, git_commit, read_status, shown_variables, versions
 from distilllens.runtime.faults import ACTIONS, POINTS, VARIABLE
 from distilllens.runtime.lock import holder
 from distilllens.runtime.manifest import find_damage, saved_states
-from distilllens.runtime.signals import SLURM_END, slurm_seconds_left, steady_screen
+from distilllens.runtime.signals import SLURM_END, slurm_seconds_left
 
 Verdict = Literal["ok", "note", "problem"]
 COLORS: dict[Verdict, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -54,28 +53,6 @@ class Finding:
     verdict: Verdict = "ok"
     fix: str = ""
     """What to do; only where the verdict is not ok."""
-
-
-def doctor_main(argv: Sequence[str]) -> int:
-    """Runs the command; 0 when there is no problem, else 2."""
-    parser = CommandParser(
-        prog="python -m distilllens doctor",
-        description="Looks at software, devices, data and runs; ends with 2 if there is a problem.",
-    )
-    parser.add_argument("run", nargs="?", type=Path, help="a run's folder, to look at it too")
-    parser.add_argument("--online", action="store_true", help="also ask the Hugging Face hub")
-    parser.add_argument(
-        "--list-fault-points", action="store_true", help=f"names for {VARIABLE}, then end"
-    )
-    options = parser.parse_args(list(argv))
-    with steady_screen():
-        console = Console(highlight=False)
-        if options.list_fault_points:
-            list_fault_points(console)
-            return EXIT_OK
-        findings = list(examine(options.run, online=options.online))
-        show(findings, console)
-    return ConfigError.exit_code if any(f.verdict == "problem" for f in findings) else EXIT_OK
 
 
 def list_fault_points(console: Console) -> None:

@@ -1,4 +1,4 @@
-"""A smaller student out of a teacher's own blocks: `python -m distilllens make-student`.
+"""A smaller student out of a teacher's own blocks, as the command ``make-student`` cuts it.
 
 Embeddings, final norm and LM head are the teacher's. Keep its first and last block: without them
 the new model starts far worse (negative log-likelihood 23 instead of 15 for SmolLM2-135M).
@@ -6,22 +6,18 @@ the new model starts far worse (negative log-likelihood 23 instead of 15 for Smo
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from numerize.numerize import numerize
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distilllens.errors import ConfigError
 from distilllens.families import find_parts
 from distilllens.models import load_model, load_tokenizer, num_blocks
-from distilllens.parsing import CommandParser
 
 
 def build_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -126,32 +122,3 @@ def write_student(teacher_path: str, layers: Sequence[int], out: Path) -> tuple[
 
 def _num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def make_student_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    parser = CommandParser(
-        prog="python -m distilllens make-student",
-        description="Make a student of a teacher's own blocks.",
-    )
-    parser.add_argument("--teacher", required=True, help="model folder (or hub name)")
-    parser.add_argument(
-        "--layers", required=True, type=_numbers, help="blocks to keep, from 1: 1,4,7,10"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the student")
-    arguments = parser.parse_args(argv)
-    teacher_size, student_size = write_student(arguments.teacher, arguments.layers, arguments.out)
-    Console().print(
-        f"{arguments.out}: {len(arguments.layers)} blocks, {numerize(student_size)} of the "
-        f"teacher's {numerize(teacher_size)} parameters",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return 0
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,4,7") from None

@@ -1,4 +1,4 @@
-"""`python -m distilllens push MODEL_FOLDER REPO_ID`: an exported model goes to the hub.
+"""How an exported model goes to the hub.
 
 Only what belongs to a model is sent: never pickles, states or logs. The hub's library sends it, in
 parts: the same command after a stop sends what has not arrived. The token is that of ``HF_TOKEN``
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from distilllens.errors import CheckpointError, ConfigError, StorageError, UserError
 from distilllens.model_files import check_folder
-from distilllens.parsing import CommandParser
 from distilllens.publish.card import CARD, UNKNOWN
 from distilllens.publish.card_facts import count_parameters, refuse_state
 from distilllens.runs import FACTS_FILE, redact
@@ -54,68 +51,67 @@ class Parcel:
         return sum(file.stat().st_size for file in self.files)
 
 
-def push_main(argv: Sequence[str] | None = None, *, api: HfApi | None = None) -> int:
-    """Checks a model's folder, tells what goes where, and sends it; returns 0.
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    revision: str | None,
+    message: str,
+    dry_run: bool,
+    allow_unknown_licence: bool,
+    api: HfApi | None = None,
+) -> None:
+    """Checks a model's folder, tells what goes where, and sends it.
 
     Args:
-        argv: Arguments after ``push``; default: those of the process.
+        folder: Of an exported model.
+        repo_id: Where it goes.
+        private: Make a private repository.
+        revision: Branch; None: main.
+        message: Of the commit.
+        dry_run: Upload nothing.
+        allow_unknown_licence: Upload although the card knows none.
         api: Of the hub; default: the one that ``HF_ENDPOINT`` and ``HF_TOKEN`` say.
 
     Raises:
-        ConfigError: Wrong usage, no card, an unknown licence, no right to write there.
+        ConfigError: No card, an unknown licence, no name of the hub's, no right to write there.
         CheckpointError: Weights that cannot be read.
         StorageError: The hub was not reached, or failed.
     """
-    parser = CommandParser(
-        prog="python -m distilllens push",
-        description="Upload an exported model to the Hugging Face hub. The token is that of "
-        "HF_TOKEN, or of `hf auth login`. After a stop the same command goes on.",
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL_FOLDER", type=Path, help="best/ of a run, or an export")
-    add("repo_id", metavar="REPO_ID", help="USER_OR_ORGANISATION/NAME; made if it is not there")
-    add("--private", action="store_true", help="make a private repository")
-    add("--revision", metavar="BRANCH", help="branch to write to; made if it is not there")
-    add("--message", metavar="TEXT", default="Upload with DistillLens", help="of the commit")
-    add("--dry_run", action="store_true", help="check and tell all, upload nothing")
-    add("--allow_unknown_licence", action="store_true", help="upload although the card's licence "
-        "is unknown")  # fmt: skip
-    arguments = parser.parse_args(sys.argv[2:] if argv is None else list(argv))
-    folder: Path = arguments.model
     try:
-        validate_repo_id(arguments.repo_id)
+        validate_repo_id(repo_id)
     except HFValidationError as error:
-        message = f"REPO_ID {arguments.repo_id!r} is none of the hub"
+        message = f"REPO_ID {repo_id!r} is none of the hub"
         raise ConfigError(message, why=str(error)) from None
     refuse_state(folder)
-    parcel = check_folder_to_push(folder, allow_unknown_licence=arguments.allow_unknown_licence)
-    kind = "private" if arguments.private else "public, if it is new"
-    target = f"{arguments.repo_id} ({kind}), branch {arguments.revision or 'main'}"
+    parcel = check_folder_to_push(folder, allow_unknown_licence=allow_unknown_licence)
+    kind = "private" if private else "public, if it is new"
+    target = f"{repo_id} ({kind}), branch {revision or 'main'}"
     for file in parcel.files:
         print(f"  {file.stat().st_size:>15,}  {file.name}")
     if parcel.left_out:
         print(f"stays here: {', '.join(parcel.left_out)}")
     size = parcel.num_bytes / 1e6
     print(f"{folder} → {target}: {len(parcel.files)} files, {size:,.1f} MB")
-    if arguments.dry_run:
+    if dry_run:
         print("--dry_run: nothing was uploaded")
-        return 0
+        return
     try:
         address = _send(
             api or HfApi(),
             folder,
             parcel,
-            repo_id=arguments.repo_id,
-            private=arguments.private,
-            revision=arguments.revision,
-            message=arguments.message,
+            repo_id=repo_id,
+            private=private,
+            revision=revision,
+            message=message,
         )
     except UserError:
         raise
     except Exception as error:  # transport errors are httpx's or httpx2's, by the hub's version
-        raise explain(error, arguments.repo_id, folder) from None
+        raise explain(error, repo_id, folder) from None
     print(f"uploaded: {address}")
-    return 0
 
 
 def check_folder_to_push(folder: Path, *, allow_unknown_licence: bool) -> Parcel:

@@ -105,6 +105,7 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     family: str,
     build: bool = True,
+    write: bool = True,
     console: Console | None = None,
 ) -> PreparedData:
     """Tokenises data.path/raw.jsonl, or opens what was tokenised before from the same source.
@@ -116,8 +117,9 @@ def prepare_dataset(
         data: Where the records are, where tokens go, the lengths, what broken lines do.
         dev_size: Records at the file's head that are the dev set.
         tokenizer: The student's.
-        family: Model type (gpt2, llama, qwen2 …), the last part of the default folder.
+        family: Model type (gpt2, llama, qwen2 …), in the name of the default folder.
         build: Tokenise where needed, with progress; False: only open, and print nothing.
+        write: Store what was tokenised; False: hold it in memory, and leave every folder as it is.
         console: For progress and counts; default: standard error.
 
     Raises:
@@ -128,9 +130,7 @@ def prepare_dataset(
         Stopped: A signal ended the tokenising; nothing was written.
     """
     _check_options(data, dev_size, tokenizer)
-    raw_file = Path(data.path) / RECORDS
-    folder = prepared_folder(data, family)
-    raw_sha256 = file_sha256(raw_file)
+    raw_sha256 = file_sha256(Path(data.path) / RECORDS)
     source = {
         "raw_sha256": raw_sha256,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -146,33 +146,50 @@ def prepare_dataset(
         receipt = check_generated(Path(data.generated), raw_sha256=raw_sha256, dev_size=dev_size)
         source["generated_sha256"] = receipt["records_sha256"]
         source["keep_gold"] = data.keep_gold
+    folder = prepared_folder(data, family, _fingerprint(source))
     difference = _difference(folder, source)
     if difference and not build:
         raise DataError(
             f"{folder}: no tokenised data that fits this run: {difference}",
             fix="tokenise first: python -m distilllens prepare with this run's options",
         )
+    if not difference:
+        return _open(folder, train_size=data.train_size)
     console = console or Console(stderr=True)
-    if difference:
-        if folder.exists():
-            console.print(f"{folder} is tokenised anew: {difference}", soft_wrap=True)
-        stats = {}
-        if receipt is not None:
-            told = {"teacher": receipt["teacher"], "answers": receipt["counts"]["written"]}
-            stats["generated"] = {**told, "keep_gold": data.keep_gold}
-        _build(folder, source, stats, data=data, tokenizer=tokenizer, console=console)
-    return _open(folder, train_size=data.train_size)
+    _check_replaceable(folder)
+    if folder.exists():
+        is_anew = "is" if write else "would be"
+        console.print(f"{folder} {is_anew} tokenised anew: {difference}", soft_wrap=True)
+    tokenised = _build(source, data=data, tokenizer=tokenizer, console=console)
+    if receipt is not None:
+        told = {"teacher": receipt["teacher"], "answers": receipt["counts"]["written"]}
+        tokenised.stats["generated"] = {**told, "keep_gold": data.keep_gold}
+    if write:
+        _store(folder, source, tokenised, console)
+        return _open(folder, train_size=data.train_size)
+    return PreparedData(
+        train=_first(tokenised.tables["train"], data.train_size),
+        dev=tokenised.tables["dev"],
+        folder=folder,
+        fingerprint=_fingerprint(source),
+        source=source,
+        stats=tokenised.stats,
+    )
 
 
-def prepared_folder(data: DataConfig, family: str) -> Path:
-    """Returns the folder of the tokenised data: data.processed or the conventional place."""
+def prepared_folder(data: DataConfig, family: str, fingerprint: str) -> Path:
+    """Returns the folder of the tokenised data: data.processed or the conventional place.
+
+    There each source has its own, so that runs with other lengths never replace each other's.
+    """
     if data.processed is not None:
         return Path(data.processed)
     kind = "full"
     if data.generated is not None:
         kind = f"generated-{Path(data.generated).resolve().name}"
         kind += "-and-gold" if data.keep_gold else ""
-    return Path("processed_data") / Path(data.path).resolve().name / kind / family
+    name = Path(data.path).resolve().name
+    return Path("processed_data") / name / kind / f"{family}-{fingerprint[:8]}"
 
 
 def record_lengths(table: Dataset) -> np.ndarray:
@@ -239,10 +256,8 @@ def _open(folder: Path, *, train_size: int | None) -> PreparedData:
     train = datasets.load_from_disk(str(folder / "train"))
     dev = datasets.load_from_disk(str(folder / "dev"))
     assert isinstance(train, Dataset) and isinstance(dev, Dataset)
-    if train_size is not None and train_size < len(train):
-        train = train.select(range(train_size))
     return PreparedData(
-        train=train,
+        train=_first(train, train_size),
         dev=dev,
         folder=folder,
         source=manifest["source"],
@@ -251,16 +266,16 @@ def _open(folder: Path, *, train_size: int | None) -> PreparedData:
     )
 
 
-def _build(
-    folder: Path,
-    source: dict[str, Any],
-    stats: dict[str, Any],
-    *,
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
-) -> None:
-    """Writes the prepared folder next to its place and renames it there."""
+def _first(table: Dataset, size: int | None) -> Dataset:
+    return table if size is None or size >= len(table) else table.select(range(size))
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses to put tokenised data in the place of something else.
+
+    Raises:
+        StorageError: It is a link, or holds other things.
+    """
     if folder.is_symlink():
         raise StorageError(
             f"{folder} is a symbolic link to {os.readlink(folder)}, and would be replaced",
@@ -272,6 +287,26 @@ def _build(
             f"{folder} holds other things than tokenised data",
             fix="give an empty or new folder with data.processed",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenised:
+    """What a prepared folder is made of."""
+
+    tables: dict[str, Dataset]
+    stats: dict[str, Any]
+    quarantine: str
+    """The lines that were skipped; empty if none were."""
+
+
+def _build(
+    source: dict[str, Any],
+    *,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> Tokenised:
+    """Reads and tokenises all records; writes nothing."""
     raw_file = Path(data.path) / RECORDS
     file = read_records(raw_file, bad_lines=data.bad_lines)
     dev_size = source["dev_size"]
@@ -291,18 +326,27 @@ def _build(
                 records, tokenizer, data, texts=name == "dev", advance=advance
             )
     _check_usable(raw_file, counts)
+    for problem in file.problems[:10]:
+        console.print(f"skipped {problem}", soft_wrap=True, highlight=False, markup=False)
     stats = {
-        **stats,
         "lines": file.num_lines,
         "skipped_lines": file.num_skipped,
         **{name: asdict(part) for name, part in counts.items()},
     }
-    for problem in file.problems[:10]:
-        console.print(f"skipped {problem}", soft_wrap=True, highlight=False, markup=False)
-    if file.broken:
+    return Tokenised(tables=tables, stats=stats, quarantine=file.quarantine())
+
+
+def _store(folder: Path, source: dict[str, Any], tokenised: Tokenised, console: Console) -> None:
+    """Puts the prepared folder in its place.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    if tokenised.quarantine:
         console.print(f"all of them: {folder / QUARANTINE}", soft_wrap=True, markup=False)
+    manifest = {"source": source, "stats": tokenised.stats}
     try:
-        _write(folder, tables, {"source": source, "stats": stats}, file.quarantine())
+        _write(folder, tokenised.tables, manifest, tokenised.quarantine)
     except OSError as error:
         if not _difference(folder, source):
             return  # another process built the same data meanwhile

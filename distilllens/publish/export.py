@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders, and `python -m distilllens export` out of a checkpoint."""
+"""Models as Hugging Face folders, of a training and out of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,9 @@ from distilllens.errors import (
     CheckpointError,
     ConfigError,
     StorageError,
-    UserError,
-    leave_code,
 )
 from distilllens.families import base_model
 from distilllens.models import vocab_rows
-from distilllens.parsing import CommandParser
 from distilllens.publish.card import maybe_write_card, write_card
 from distilllens.publish.card_facts import CardFacts, dev_metrics_at, facts_of_run, read_facts
 from distilllens.publish.card_scores import mirrored_evaluations, scores_of_model
@@ -252,7 +249,7 @@ def storage_error(
     )
 
 
-# --- The command --------------------------------------------------------------------------------
+# --- Out of a checkpoint --------------------------------------------------------------------------
 
 
 def choose_state(path: Path) -> Path:
@@ -313,25 +310,3 @@ def _write_card_of_state(state: Path, folder: Path) -> None:
     step = int(read_manifest(state)["step"])
     facts = replace(facts, step=step, dev=dev_metrics_at(run, step))
     write_card(folder, facts, scores_of_model(folder, mirrored_evaluations(run.root)))
-
-
-def export_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    parser = CommandParser(
-        prog="python -m distilllens export",
-        description="Write the student of a checkpoint as a Hugging Face folder: whatever the ZeRO "
-        "stage and the number of processes, adapters merged, in the precision that was trained.",
-    )
-    parser.add_argument(
-        "checkpoint", type=Path, help="RUN/state/step-N, or RUN for its newest good state"
-    )
-    parser.add_argument("--to", required=True, type=Path, help="folder of the model, a new one")
-    arguments = parser.parse_args(argv)
-    try:
-        state = choose_state(arguments.checkpoint)
-        export_state(state, arguments.to)
-    except UserError as error:
-        print(error.format(), file=sys.stderr)
-        return leave_code(error.exit_code)
-    print(f"{arguments.to}: the student of {state}, step {read_manifest(state)['step']}")
-    return 0

@@ -1,4 +1,4 @@
-"""``python -m distilllens report RUN… [--eval DIR…] [--out DIR] [--data FILE] …``"""
+"""What the command ``report`` does: collects runs and scores, and writes the page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from distilllens.errors import ConfigError, UserError
-from distilllens.report.arguments import ReportArguments, parse_report_arguments
+from distilllens.report.arguments import ReportArguments
 from distilllens.report.build import Evaluations, build_page
 from distilllens.report.comparison.files import Scoreboard, build_scoreboard
+from distilllens.report.device import usable_device
 from distilllens.report.html import Drawings, Page, PageFigure, render_page
 from distilllens.report.lens_map import entropy_csv, lens_map_csv
 from distilllens.report.output import check_writable, wide_console, write_file
@@ -36,24 +37,21 @@ MOST_MAPS = 6
 """More runs than this have lens maps only with --lens: each loads a model."""
 
 
-def report_main(argv: Sequence[str] | None = None) -> int:
+def report(arguments: ReportArguments) -> None:
     """Writes tables, figures and report.html, and prints the tables and the page's path.
 
     With ``--watch`` it does so again and again until the runs have ended.
 
     Args:
-        argv: Arguments after ``report``; default: those of the process.
-
-    Returns:
-        0.
+        arguments: Of the command line.
 
     Raises:
-        ConfigError: Wrong usage; a run or evaluation folder is missing.
+        ConfigError: No such device; a run or evaluation folder is missing.
         DataError: A malformed metrics line, result or sample, named by file and line.
         StorageError: The output folder cannot be written.
         KeyboardInterrupt: Ctrl-C; a watched page was written as it stands.
     """
-    arguments = parse_report_arguments(argv, __doc__ or "")
+    device = usable_device(arguments.device)
     console = wide_console()
     folders, notes = find_runs(arguments.runs, is_live=arguments.watch is not None)
     out = arguments.out or report_folder(folders)
@@ -65,16 +63,16 @@ def report_main(argv: Sequence[str] | None = None) -> int:
             write=_LivePage(out, arguments).write,
             console=console,
         )
-    _report(folders, out, arguments, console, notes)
+    _report(folders, out, arguments, device, console, notes)
     # Not through rich, which would break a long path into lines.
     print(out / "report.html")
-    return 0
 
 
 def _report(
     folders: Sequence[Path],
     out: Path,
     arguments: ReportArguments,
+    device: str,
     console: Console,
     notes: Sequence[str],
 ) -> None:
@@ -83,7 +81,7 @@ def _report(
     collect = _collect_evaluations if arguments.watch is None else _collect_what_is_there
     evaluations = collect(runs, arguments.eval, arguments)
     check_writable(out)
-    maps, map_notes = _collect_maps(runs, arguments, console)
+    maps, map_notes = _collect_maps(runs, arguments, device, console)
     page = build_page(runs, evaluations, maps, notes=[*notes, *map_notes], drawings=Drawings())
     _write_all(out, page, evaluations.scores, maps)
     for table in evaluations.scores.tables:
@@ -172,7 +170,7 @@ def _collect_methods(
         if folders and not methods:
             listed = ", ".join(str(folder) for folder in folders)
             raise ConfigError(
-                f"no results.json below {listed}", fix="run evaluate.py, or leave --eval out"
+                f"no results.json below {listed}", fix="python evaluate.py …, or leave --eval out"
             )
         return methods, []
     found, notes = _evaluation_folders(runs)
@@ -227,7 +225,7 @@ def teacher_evaluations(run: RunRecord) -> list[Path]:
 
 
 def _collect_maps(
-    runs: Sequence[RunRecord], arguments: ReportArguments, console: Console
+    runs: Sequence[RunRecord], arguments: ReportArguments, device: str, console: Console
 ) -> tuple[list[RunMaps], list[str]]:
     if arguments.no_lens or (arguments.watch is not None and not arguments.lens):
         return [], []
@@ -238,7 +236,7 @@ def _collect_maps(
         prompts=arguments.prompts,
         tokens=arguments.tokens,
         teacher=arguments.teacher,
-        device=arguments.device,
+        device=device,
         required=arguments.lens,
     )
     return build_run_maps(runs, options, console)

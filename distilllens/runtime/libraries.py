@@ -10,8 +10,6 @@ import torch
 
 if not torch.cuda.is_available():  # else DeepSpeed looks for every accelerator and warns
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Where it is installed, peft imports it, and it would speak at once, and in each product later.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

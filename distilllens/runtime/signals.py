@@ -1,4 +1,4 @@
-"""What reaches a run from outside: requests to stop or to save, and a screen that goes away.
+"""What reaches a run from outside: requests to stop or to save.
 
 A handler only sets a flag. Loops look at it once a batch: `StopRequest.agreed` and
 `StopRequest.check` where all processes come by equally often, `poll` where one works alone.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
-from shutil import get_terminal_size
 from types import FrameType
-from typing import TextIO, cast
 
 from distilllens.config import parse_wall_time
 from distilllens.errors import EXIT_TIME_LIMIT, ConfigError, UserError, leave_code
@@ -30,8 +27,6 @@ SLURM_END = "SLURM_JOB_END_TIME"
 """Variable with the second (of the Unix clock) at which Slurm kills the job."""
 SLURM_MARGIN = 180.0
 """Seconds kept before that end for the step under way and the save."""
-NARROW = 60
-"""Columns below which a progress bar says nothing; plain lines wrap."""
 
 
 class Stopped(UserError):
@@ -259,67 +254,3 @@ def slurm_seconds_left() -> float:
         raise ConfigError(
             f"{SLURM_END}={text!r} is no number of seconds", fix=f"unset {SLURM_END}"
         ) from None
-
-
-# --- A screen that goes away --------------------------------------------------------------------
-
-
-class SteadyStream:
-    """A text stream to a screen that may go away (`… | head`, a closed terminal, a full disk).
-
-    Then it turns to the null device: log.txt has the same lines, and a run is worth more than its
-    screen. With ``NO_COLOR``, or in very few columns, it says that it is no terminal, so that all
-    who ask write plain lines.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
-
-    def isatty(self) -> bool:
-        """Whether bars and colours are welcome."""
-        plain = bool(os.environ.get("NO_COLOR")) or get_terminal_size().columns < NARROW
-        return not plain and self._stream.isatty()
-
-    def write(self, text: str) -> int:
-        """Writes, or forgets the text where nobody reads any more."""
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._turn_away()
-        except UnicodeEncodeError as error:  # a screen of ASCII
-            return self._stream.write(text.encode(error.encoding, "replace").decode(error.encoding))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes, or forgets what nobody reads any more."""
-        try:
-            self._stream.flush()
-        except OSError:
-            self._turn_away()
-
-    def _turn_away(self) -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._stream.fileno())
-        os.close(null)
-
-
-@contextmanager
-def steady_screen() -> Iterator[None]:
-    """Keeps the process alive, and its files clean, where stdout or stderr are closed."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # else the next file opened would get the number, and others' prints
-            os.open(os.devnull, os.O_RDWR)
-    before = sys.stdout, sys.stderr
-    steady = [stream and cast(TextIO, SteadyStream(stream)) for stream in before]
-    sys.stdout, sys.stderr = steady
-    try:
-        yield
-    finally:
-        for stream in filter(None, steady):
-            stream.flush()
-        sys.stdout, sys.stderr = before

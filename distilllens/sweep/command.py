@@ -1,4 +1,4 @@
-"""``python -m distilllens sweep FILE [--dry_run] [--section.key value …]``"""
+"""What the command ``sweep`` does: checks, trainings, scores, the table."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from distilllens.errors import EXIT_OK, ConfigError
-from distilllens.parsing import CommandParser
 from distilllens.report.output import wide_console
 from distilllens.report.tables import rich_table
 from distilllens.runs import create_run_folder, is_finished, shown_command
@@ -33,17 +31,13 @@ from distilllens.sweep.spec import Sweep, check_extra_flags, read_sweep
 from distilllens.sweep.stored import check_stored
 from distilllens.sweep.table import SweepTable
 
-EPILOG = (
-    "Further flags (--section.key value) go to every training, after all else. The same command "
-    "goes on where a sweep was stopped, and skips what is finished."
-)
 
-
-def sweep_main(argv: Sequence[str] | None = None) -> int:
+def run_sweep(arguments: argparse.Namespace, extra: Sequence[str]) -> int:
     """Trains and scores all methods with all seeds, and writes the table.
 
     Args:
-        argv: Arguments after ``sweep``; default: those of the process.
+        arguments: Of the command's parser.
+        extra: Further flags, for every training.
 
     Returns:
         0; what a signal or a time limit that stopped it stands for; or the code of the first
@@ -55,7 +49,6 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
         DataError: A folder holds what neither train.py nor evaluate.py writes.
         StorageError: The folder cannot be written.
     """
-    arguments, extra = _parse(argv)
     sweep = read_sweep(arguments.file)
     sweep = _override(sweep, arguments)
     check_extra_flags(sweep, extra)
@@ -72,41 +65,6 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     with locked(create_run_folder(str(sweep.output_dir)).root / "sweep.lock"):
         return _run(sweep, cells, console, fail_fast=arguments.fail_fast, overwrite=overwrite)
-
-
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = CommandParser(
-        prog="python -m distilllens sweep",
-        description="Compares methods with equal budgets over several training seeds.",
-        epilog=EPILOG,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("file", metavar="FILE", type=Path, help="sweep file; configs/sweeps/ has some")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="check options and what is stored, print every command, start nothing; models and "
-        "data need not be there",
-    )
-    add("--table_only", action="store_true", help="write the table of what is there, start nothing")
-    add(
-        "--overwrite_scores",
-        action="store_true",
-        help="score anew what is scored in part, with other settings or with other weights",
-    )
-    add("--fail_fast", action="store_true", help="end at the first training that fails")
-    add("--output_dir", metavar="DIR", type=Path, help="instead of the sweep file's")
-    add("--processes", metavar="N", type=int, help="of one training, instead of the sweep file's: "
-        "one for each GPU; optim.accumulation makes up for fewer")  # fmt: skip
-    add(
-        "--parallel",
-        metavar="N",
-        type=int,
-        help="trainings at the same time, instead of the file's",
-    )
-    arguments, extra = parser.parse_known_args(argv)
-    return arguments, extra
 
 
 def _override(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:

@@ -16,7 +16,6 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ from distilllens.errors import CheckpointError, ConfigError
 from distilllens.kernels.chunks import LogitTransform, Unembedding
 from distilllens.models import vocab_rows
 from distilllens.objective import Rows
+from distilllens.runtime import shards
+from distilllens.runtime.shards import Shard
 
 FORMAT_VERSION = 1
 """Raised whenever the same key would give other bytes."""
@@ -44,6 +45,7 @@ that are powers of two would decode exactly, but then err by 2.5 to 2.7 %: a row
 much of its norm, is hit by the others.)"""
 FLOAT8_MAX = 448.0
 
+OPTION = "model.teacher_cache"
 MANIFEST, HEAD = "manifest.json", "head.safetensors"
 METADATA = "teacher_cache"
 """Entry of a file's safetensors metadata: what the tensors are of, as JSON."""
@@ -53,19 +55,9 @@ MODEL_SUFFIXES = {".safetensors", ".bin", ".py"}
 MODEL_FILES = {"config.json", "adapter_config.json", "model.safetensors.index.json"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Consecutive training records ``first`` … ``stop - 1`` and the number of their rows."""
-
-    number: int
-    first: int
-    stop: int
-    rows: int
-
-    @property
-    def file(self) -> str:
-        """Name in the cache's folder."""
-        return f"rows-{self.number:05d}.safetensors"
+def shard_path(folder: Path, shard: Shard) -> Path:
+    """Returns a shard's file in a cache's folder."""
+    return folder / f"rows-{shard.number:05d}.safetensors"
 
 
 # --- Rows as they are stored --------------------------------------------------------------------
@@ -202,25 +194,11 @@ def check_same_key(
     Raises:
         ConfigError: Names each part that differs, with both values.
     """
-    different = []
-    for name in sorted(stored.keys() | wanted.keys()):
-        before, now = stored.get(name), wanted.get(name)
-        serves = before == now
-        if name == "teacher_layers" and not exact and isinstance(before, list):
-            serves = set(wanted[name]) <= set(before)
-        if not serves:
-            different.append(f"{name} {_short(before)}, this run has {_short(now)}")
-    if different:
-        raise ConfigError(
-            f"model.teacher_cache={folder} was made with {'; '.join(different)}",
-            fix=f"give another --model.teacher_cache, or remove that folder; then {MAKE_IT}",
-            kept="everything in it is untouched",
-        )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
+    layers = stored.get("teacher_layers")
+    if not exact and isinstance(layers, list) and set(wanted["teacher_layers"]) <= set(layers):
+        wanted = {**wanted, "teacher_layers": layers}
+    fix = f"give another --model.teacher_cache, or remove that folder; then {MAKE_IT}"
+    shards.check_same_key(OPTION, folder, stored, wanted, fix=fix)
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -265,7 +243,7 @@ def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
 def shard_metadata(folder: Path, shard: Shard) -> dict[str, Any] | None:
     """Returns the key and the errors of a stored shard; None if it is not there or not whole."""
     try:
-        with safe_open(folder / shard.file, framework="pt") as file:
+        with safe_open(shard_path(folder, shard), framework="pt") as file:
             stored = dict(json.loads(file.metadata()[METADATA]))
             rows = file.get_slice("rows").get_shape()[0]
     except (OSError, ValueError, TypeError, KeyError, SafetensorError):
@@ -324,7 +302,7 @@ class CachedTeacher:
         self._tensors = [_map_shard(folder, shard, manifest["key"]) for shard in shards]
         for shard in shards:
             if shard.stop <= len(row_counts) and shard.rows != self._count(shard.first, shard.stop):
-                raise _damaged(folder / shard.file, "its rows are not those of the records")
+                raise _damaged(shard_path(folder, shard), "its rows are not those of the records")
         self._folder, self._transform = folder, manifest["transform"]
 
     def _count(self, first: int, stop: int) -> int:
@@ -378,9 +356,11 @@ def _map_shard(folder: Path, shard: Shard, key: Mapping[str, Any]) -> dict[str, 
     """Returns the tensors of a shard; their pages are read when they are used."""
     stored = shard_metadata(folder, shard)
     if stored is None:
-        raise _damaged(folder / shard.file, "it is missing, or not the shard that was written")
+        raise _damaged(
+            shard_path(folder, shard), "it is missing, or not the shard that was written"
+        )
     check_same_key(folder, stored["key"], key, exact=True)
-    with safe_open(folder / shard.file, framework="pt") as file:
+    with safe_open(shard_path(folder, shard), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from rich.console import RenderableType
-from rich.table import Table
 from transformers import PretrainedConfig
 
 from distilllens.data.collate import lay_out
@@ -404,81 +402,7 @@ def count_parameters(config: PretrainedConfig) -> int:
     return sum(p.numel() for p in build_shape(config, torch.float32, "auto").parameters())
 
 
-# --- For the screen ----------------------------------------------------------------------------
-
-
-def memory_report(
-    plan: Plan, world_size: int, lengths: Sequence[int], rows: Sequence[int]
-) -> list[RenderableType]:
-    """Returns what the longest batch of known records needs, and what in other ZeRO stages.
-
-    Args:
-        plan: Of the run.
-        world_size: Number of processes.
-        lengths: Tokens of each training record.
-        rows: Response tokens of each.
-    """
-    batch, device = longest_batch(plan, lengths, rows), run_device()
-    try:
-        counts = count_run(plan, batch, device)
-    except (RuntimeError, NotImplementedError) as error:  # a family whose code reads its numbers
-        reason = str(error).partition("\n")[0]
-        return [f"memory: no estimate, the models do not run without numbers ({reason})"]
-    estimate = estimate_memory(plan, world_size, counts=counts, device=device)
-    return [memory_table(estimate, batch), stages_table(plan, world_size, counts, device)]
-
-
-def memory_table(estimate: MemoryEstimate, batch: BatchShape) -> Table:
-    """Returns the estimate by purpose; two columns where there is a GPU."""
-    table = Table(
-        title=f"memory per process, estimate for {batch.records} records of {batch.length} tokens, "
-        f"{batch.rows} of answers; most is needed at the {estimate.moment}"
-    )
-    columns = {"GB": estimate.device}
-    if estimate.host:
-        columns = {"GPU, GB": estimate.device, "main memory, GB": estimate.host}
-    table.add_column("for")
-    for head in columns:
-        table.add_column(head, justify="right")
-    for name in dict.fromkeys((*estimate.device, *estimate.host)):
-        table.add_row(name, *(_figure(parts.get(name)) for parts in columns.values()))
-    totals = (_figure(sum(parts.values())) for parts in columns.values())
-    table.add_row("total", *totals, style="bold")
-    return table
-
-
-def stages_table(
-    plan: Plan, world_size: int, counts: RunCounts, device: torch.device | None = None
-) -> Table:
-    """Returns what each ZeRO stage would need with the same options and processes."""
-    processes = "1 process" if world_size == 1 else f"{world_size} processes"
-    table = Table(
-        title=f"GB per process by ZeRO stage, {processes}; in brackets the logits' chunks of the "
-        "loss where another moment needs more"
-    )
-    shown = ("student weights", "optimizer", "teacher weights", "activations")
-    for head in ("stage", *shown, "logits", "rest", "total", "in main memory"):
-        table.add_column(head, justify="left" if head == "stage" else "right")
-    for stage in range(4):
-        name = f"{stage}, this file" if stage == plan.zero_stage else str(stage)
-        if stage == 0 and plan.dtype != torch.float32:
-            continue  # it is refused
-        estimate = estimate_memory(at_stage(plan, stage), world_size, counts=counts, device=device)
-        parts = [estimate.device.get(purpose) for purpose in shown]
-        chunks = estimate.device.get("loss")
-        rest = estimate.total - sum(part or 0 for part in (*parts, chunks))
-        logits = f"({counts.step.loss / 1e9:.2f})" if chunks is None else _figure(chunks)
-        host = _figure(sum(estimate.host.values()) or None)
-        figures = (*map(_figure, parts), logits, _figure(rest), _figure(estimate.total), host)
-        table.add_row(name, *figures)
-    return table
-
-
 def at_stage(plan: Plan, stage: int) -> Plan:
     """Returns the plan with another ZeRO stage and all else as it was."""
     zero = plan.deepspeed.get("zero_optimization", {}) | {"stage": stage}
     return dataclasses.replace(plan, deepspeed=plan.deepspeed | {"zero_optimization": zero})
-
-
-def _figure(gigabytes: float | None) -> str:
-    return "" if gigabytes is None else f"{gigabytes:.2f}"

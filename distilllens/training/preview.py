@@ -20,8 +20,8 @@ from distilllens.training.memory import (
     estimate_memory,
     estimate_state_bytes,
     longest_batch,
-    memory_report,
 )
+from distilllens.training.memory_tables import memory_figure, memory_report
 from distilllens.training.setup import Plan, StepCount, count_steps, load_data, plan_run
 
 
@@ -92,8 +92,8 @@ def check_room(plan: Plan, data: PreparedData, folder: RunFolder) -> list[str]:
         reason = str(error).partition("\n")[0]
         return [f"memory and disk: no estimate, the models do not run without numbers ({reason})"]
     beside = sum(estimate.host.values())
-    memory = f"memory: about {estimate.total:.1f} GB per process" + (
-        f", and {beside:.1f} GB beside its GPU" if beside else ""
+    memory = f"memory: about {memory_figure(estimate.total)} per process" + (
+        f", and {memory_figure(beside)} beside its GPU" if beside else ""
     )
     return [
         f"{memory} (estimate; --dry_run tells for what)",

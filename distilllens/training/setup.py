@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -198,6 +199,13 @@ def load_data(plan: Plan) -> PreparedData:
         tokenizer=plan.tokenizer,
         family=plan.student_config.model_type,
     )
+    # A dry run stores nothing, so there each process has its own.
+    data = prepare(write=False) if plan.config.dry_run else _prepare_together(prepare)
+    _check_positions(plan, data)
+    return data
+
+
+def _prepare_together(prepare: Callable[..., PreparedData]) -> PreparedData:
     own: list[PreparedData] = []
     distributed.on_main(lambda: own.append(prepare()))
     data, refusal = (own[0] if own else None), None
@@ -208,7 +216,6 @@ def load_data(plan: Plan) -> PreparedData:
             refusal = error
     refuse_together("the tokenised data that the first process has made", refusal)
     assert data is not None
-    _check_positions(plan, data)
     return data
 
 

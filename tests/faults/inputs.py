@@ -260,12 +260,12 @@ YAML_FILES: dict[str, tuple[str | bytes, str]] = {
     "number for a list": ("eval: {seeds: 7}", r"eval\.seeds"),
     "boolean for a name": (
         "run: {name: yes}",
-        r"run\.name: expected a text, got True\n  fix: quote",
+        r"run\.name must be a text or null, got True\n  fix: quote",
     ),
     "boolean for a choice": ("tracking: {wandb: on}", r"tracking\.wandb"),
     "bare wall time in seconds": (
         "run: {max_wall_time: 5400}",
-        r"run\.max_wall_time: expected a text, got 5400\n  fix: quote it",
+        r"run\.max_wall_time must be a text or null, got 5400\n  fix: quote it",
     ),
     "wall time without seconds": ("run: {max_wall_time: 1:30}", "'1:30' is not HH:MM:SS"),
     "NUL in a name": ('run: {name: "a\\0b"}', r"run\.name='a\\x00b' must not hold control"),
@@ -294,7 +294,7 @@ def yaml_cases() -> Iterator[tuple[str, BadInput]]:
 # --- Flags --------------------------------------------------------------------------------------
 
 FLAGS: dict[str, str] = {
-    "--optim.lrr 1": r"unknown flag --optim\.lrr \(did you mean optim\.lr\?\)",
+    "--optim.lrr 1": r"unknown flag --optim\.lrr \(did you mean --optim\.lr\?\)",
     "--optim.epoch 3": r"unknown flag --optim\.epoch",
     "--local_rank 0": r"unknown flag --local_rank",
     "-x": "x",
@@ -338,7 +338,7 @@ FLAGS: dict[str, str] = {
     "--objective.lens.coeff -1": r"objective\.lens\.coeff=-1\.0 must be ≥ 0",
     "--objective.lens.teacher_layers [1.5]": r"teacher_layers",
     "--objective.lens.teacher_layers [1]": "must be given together",
-    "--model {student:x,student:x}": "student",
+    "--model {student:x,student:x}": "--model is a section",
     "--model.student_lora.r null": r"model\.student_lora\.r must have a value, got null",
     "--model.student_lora.r 0": r"student_lora\.r=0 must be ≥ 1",
     "--model.trust_remote_code true": r"model\.trust_remote_code needs model\.revision",
@@ -417,7 +417,7 @@ def flag_cases() -> Iterator[tuple[str, BadInput]]:
         name = f"evaluate flags: {text[:40]!r}"
         yield name, BadInput(command="evaluate", code=code, told=told, flags=flags)
     prepare: dict[str, tuple[int, str]] = {
-        "--modle x": (2, r"unknown flag --modle \(did you mean model\?\)"),
+        "--modle x": (2, r"unknown flag --modle \(did you mean --model\?\)"),
         "--model ROOT/gone": (2, "model folder ROOT/gone not found"),
         "--dev_size x": (2, "dev_size"),
         "--dev_size -1": (2, "dev_size=-1 must be ≥ 0"),

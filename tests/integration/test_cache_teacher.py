@@ -539,4 +539,4 @@ def test_a_dry_run_writes_nothing(workspace: Workspace, capsys: pytest.CaptureFi
     assert run_command([*cache_flags(workspace), "--dry_run"]) == 0
     told = capsys.readouterr().out
     assert "dry run: nothing was written" in told and "0 there already" in told
-    assert not (workspace.root / "cache").exists()
+    assert not (workspace.root / "cache").exists() and not (workspace.root / "tokens").exists()

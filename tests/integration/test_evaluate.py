@@ -194,7 +194,7 @@ def test_dry_run_tells_counts_and_writes_nothing(capsys: pytest.CaptureFixture[s
         (["--limit", "some"], 2, "limit"),
         (["--score_workers", "-1"], 2, "score_workers=-1 must be ≥ 0"),
         (["--eval.max_new_tokens", "250"], 2, "context window 256"),
-        (["--eval.temprature", "1"], 2, "did you mean eval.temperature"),
+        (["--eval.temprature", "1"], 2, "did you mean --eval.temperature"),
         (["--output_dir", "run/best/config.json/out"], 6, "cannot write"),
     ],
 )

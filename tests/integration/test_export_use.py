@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerF
 
 import evaluate
 from distilllens.__main__ import main as command
-from distilllens.commands.push import push_main
+from distilllens.cli.push import push_main
 from distilllens.config import SamplingConfig
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.errors import CheckpointError, ConfigError, StorageError, UserError

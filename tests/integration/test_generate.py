@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import train
 from distilllens.__main__ import main as command
-from distilllens.commands import generate
+from distilllens.commands import generate, generate_plan
 from distilllens.config import load_config
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.data.tokenize import PreparedData
@@ -36,7 +36,7 @@ LENGTH = 12
 @pytest.fixture
 def place(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """Shards of ten prompts; a teacher that ends some answers, also before their first token."""
-    monkeypatch.setattr(generate, "SHARD_PROMPTS", 10)
+    monkeypatch.setattr(generate_plan, "SHARD_PROMPTS", 10)
     model = GPT2LMHeadModel.from_pretrained(workspace.root / "teacher")
     with torch.no_grad():  # the head is the embedding: row 0, EOS, gets 3 × 0.7 more
         model.transformer.wte.weight[:, 0] = 0
@@ -148,7 +148,8 @@ def test_neither_batches_nor_processes_change_the_answers(place: Workspace) -> N
     shutil.rmtree(place.root / "answers")
     worker = place.root / "worker.py"
     worker.write_text(
-        "import os, sys\nfrom distilllens.commands import generate\ngenerate.SHARD_PROMPTS = 10\n"
+        "import os, sys\nfrom distilllens.commands import generate, generate_plan\n"
+        "generate_plan.SHARD_PROMPTS = 10\n"
         "write = generate.write_part\n"
         "def tell_and_write(folder, shard, content):\n"
         "    print(f'\\nprocess {os.environ[\"RANK\"]} wrote {shard.number}\\n', flush=True)\n"
@@ -308,11 +309,11 @@ def test_answers_of_something_else_are_refused_by_name(
         before = files(folder)
         assert run_command(place, *(flag.replace("ROOT", str(place.root)) for flag in more)) == 2
         told = capsys.readouterr().err
-        assert f"holds answers of something else: {part}: " in told and told.count(" there, ") == 1
+        assert f"was made with {part} " in told and told.count(", this run has ") == 1
         assert files(folder) == before
     (folder / "generation.json").unlink()
     assert run_command(place, "--model.teacher", str(copy)) == 2
-    assert "holds answers of something else: data: " in capsys.readouterr().err
+    assert "was made with data " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -500,7 +500,7 @@ def test_a_dry_run_sends_and_writes_nothing(
         (["--base_url", "http://[::1/v1"], 2, "address of an endpoint"),
         (["--max_cost", "1"], 2, "max_cost needs input_price"),
         (["--concurrency", "0"], 2, "concurrency=0 must be ≥ 1"),
-        (["--mode", "x"], 2, "unknown flag --mode (did you mean model?)"),
+        (["--mode", "x"], 2, "unknown flag --mode (did you mean --model?)"),
         (["--output_dir", "A/seed10/words/results.json"], 6, "cannot write"),
     ],
 )

@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distilllens.__main__ import main
+from distilllens.cli.lens import lens_main
 from distilllens.errors import ConfigError, DataError, StorageError
-from distilllens.report.lens.command import lens_main
 from distilllens.report.lens.statistics import STATISTICS
 from distilllens.report.lens.study import Source, StudySettings, build_study
 

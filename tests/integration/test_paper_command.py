@@ -94,4 +94,4 @@ def test_train_all_and_run_eval(tree: Path) -> None:
 def test_a_wrong_flag_keeps_its_code_under_torchrun(tree: Path) -> None:
     """torchrun itself ends with 1 whatever happens."""
     told = run(tree, "scripts/gpt2/distill_lens/train_all.sh", "--optim.lrr", "1", code=2)
-    assert told.count("unknown flag --optim.lrr (did you mean optim.lr?)") == 1
+    assert told.count("unknown flag --optim.lrr (did you mean --optim.lr?)") == 1

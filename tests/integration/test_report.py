@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from distilllens.cli.report import report_main
 from distilllens.errors import ConfigError, DataError, StorageError
 from distilllens.report.arguments import parse_report_arguments
-from distilllens.report.command import _LivePage, report_main
+from distilllens.report.command import _LivePage
 from distilllens.report.html import Drawings
 from distilllens.report.runs.record import find_runs, read_runs, report_folder
 from distilllens.report.scores.load import evaluation_folder
@@ -373,7 +374,7 @@ def test_watching_does_not_end_over_evaluations(checkout: Checkout) -> None:
     cell.write_text("{")
     report_main(run)
     assert "results.json: not JSON" in read_page(out / "report.html").text
-    arguments = parse_report_arguments(run, "")
+    arguments = parse_report_arguments(run)
     live = _LivePage(out, arguments)
     watched = Watched(
         runs=read_runs([checkout.lens_run]),

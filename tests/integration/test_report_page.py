@@ -19,7 +19,7 @@ import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 from rich.console import Console
 
-from distilllens.report.command import report_main
+from distilllens.cli.report import report_main
 from distilllens.report.html import Drawings
 from distilllens.report.watch import Follower, Watched, watch_runs
 

@@ -313,18 +313,23 @@ def test_every_command_tells_a_users_error_without_a_traceback(
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distilllens.commands.skills.skills_main", interrupt)
+    monkeypatch.setattr("distilllens.cli.skills.skills_main", interrupt)
     assert command_main(["skills"]) == 130
 
 
 def test_ctrl_c_before_anything_began_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session, "load_config", interrupt)
-    assert train.main([]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("distilllens.cli.train.load_config", interrupt)
+        assert train.main([]) == 130
+    error = capsys.readouterr().err
+    assert "interrupted; the same command" in error and "Traceback" not in error
+    monkeypatch.setattr(session, "plan_run", interrupt)
+    assert train.main(["--model.teacher", "gone", "--run.output_dir", str(tmp_path / "run")]) == 130
     error = capsys.readouterr().err
     assert "SIGINT: stopped before the start" in error and "Traceback" not in error
 

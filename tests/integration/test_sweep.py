@@ -24,9 +24,9 @@ import torch
 import yaml
 from conftest import PROJECT, Workspace
 
+from distilllens.cli.sweep import sweep_main
 from distilllens.errors import ConfigError
 from distilllens.sweep import cells
-from distilllens.sweep.command import sweep_main
 
 TRAIN = """
 import json, os, signal, sys, time

@@ -139,6 +139,19 @@ def test_dry_run_tells_and_writes_no_run(
     assert not (workspace.root / "run").exists()
 
 
+def test_dry_run_leaves_the_tokens_of_other_lengths_alone(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(workspace.flags("--optim.max_steps", "1")) == 0
+    before = {p: p.read_bytes() for p in (workspace.root / "tokens").rglob("*") if p.is_file()}
+    assert before
+    capsys.readouterr()
+    assert main([*workspace.flags("--data.max_length", "300"), "--dry_run"]) == 0
+    assert {p: p.read_bytes() for p in before} == before
+    assert set((workspace.root / "tokens").rglob("*")) >= set(before)
+    assert "would be tokenised anew: max_length was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stops", [(3,), (2, 7)])
 def test_stopped_and_resumed_is_bit_equal(
     workspace: Workspace,

@@ -133,7 +133,7 @@ CASES = {
     ),
     "unknown flag": Case(
         2,
-        r"unknown flag --optim\.lrr \(did you mean optim\.lr\?\)",
+        r"unknown flag --optim\.lrr \(did you mean --optim\.lr\?\)",
         ("--optim.lrr", "1"),
         makes_folder=False,
     ),

@@ -21,10 +21,11 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from distilllens.__main__ import main as command
 from distilllens.checkpoint import TrainState
 from distilllens.config import OptimConfig, RunConfig, TrackingConfig, TrainConfig
 from distilllens.errors import CheckpointError, StorageError
-from distilllens.publish.export import copy_model, export_main, export_model
+from distilllens.publish.export import copy_model, export_model
 from distilllens.runs import RunFolder
 from distilllens.runtime import distributed
 from distilllens.runtime.faults import VARIABLE
@@ -446,7 +447,7 @@ def test_export_of_a_run_takes_the_newest_good_state(
     (tmp_path / "run/state/step-6/state.json").unlink()
     for number, path in enumerate(("run", "run/state/step-2")):
         target = tmp_path / f"out/{number}"
-        assert export_main([str(tmp_path / path), "--to", str(target)]) == 0
+        assert command(["export", str(tmp_path / path), "--to", str(target)]) == 0
         assert (target / "config.json").read_text() == ("4", "2")[number]
     out, err = capsys.readouterr()
     assert "step 4" in out and "passed over: " in err and "step-6/state.json is missing" in err
@@ -460,7 +461,7 @@ def test_an_export_that_fails_leaves_nothing(
 ) -> None:
     commit(tmp_path / "run/state", 2)
     monkeypatch.setenv(VARIABLE, f"{point}=ENOSPC")
-    assert export_main([str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 6
+    assert command(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 6
     error = capsys.readouterr().err
     assert "no space left" in error and "step-2 is untouched" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -482,6 +483,6 @@ def test_export_refuses(
     (tmp_path / "run/state/step-6/state.json").unlink()
     (tmp_path / "empty/state").mkdir(parents=True)
     (tmp_path / "there").mkdir()
-    assert export_main([str(tmp_path / path), "--to", str(tmp_path / to)]) == code
+    assert command(["export", str(tmp_path / path), "--to", str(tmp_path / to)]) == code
     assert text in capsys.readouterr().err
     assert not (tmp_path / "new").exists() and not list((tmp_path / "there").iterdir())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from distilllens.cli.cache_teacher import cache_teacher_main
+from distilllens.cli.generate import generate_main
 from distilllens.config import (
     EvalConfig,
     EvaluateConfig,
@@ -120,12 +122,12 @@ def test_unknown_keys_are_named_all_at_once_with_a_guess(tmp_path: Path) -> None
     assert told.startswith("5 problems: ")
     assert f"{file}: unknown key optim.wamup (did you mean optim.warmup?)" in told
     assert f"{file}: unknown key lens.coeff (did you mean objective.lens.coeff?)" in told
-    assert "unknown flag --optim.lr_mni (did you mean optim.lr_min?)" in told
+    assert "unknown flag --optim.lr_mni (did you mean --optim.lr_min?)" in told
     assert f"{file}: unknown key zzzz;" in told and told.endswith("unknown flag --qqqq")
 
 
 def test_flags_are_not_abbreviated() -> None:
-    assert "unknown flag --optim.epoch (did you mean optim.epochs?)" in refusal("--optim.epoch=3")
+    assert "unknown flag --optim.epoch (did you mean --optim.epochs?)" in refusal("--optim.epoch=3")
 
 
 @pytest.mark.parametrize(
@@ -393,3 +395,85 @@ def test_help_explains_every_option(config_class: type, at_least: int) -> None:
         # The name in capitals or the choices stand first; what remains explains.
         words = re.sub(r"^(\{[^}]*\}|\[[^]]*\]|\S+)(, --\S+ \S+)?", "", explanation).split()
         assert words, f"--{name} has no explanation: {entry}"
+
+
+# --- Help and messages in a user's words --------------------------------------------------------
+
+
+def help_of(capsys: pytest.CaptureFixture[str], call: Callable[[list[str]], object]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        call(["--help"])
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_options_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    told = help_of(capsys, load_config)
+    assert "Path to a configuration file" not in told and ".help" not in told
+    assert "--run " not in told and "--objective.lens " not in told
+    for key, meaning in {
+        "r": "Rank. Range: ≥ 1. Default: 8.",
+        "alpha": "alpha / r. Default: 32.0.",
+        "dropout": "input. Range: ≥ 0 and < 1. Default: 0.0.",
+    }.items():
+        assert f"--model.student_lora.{key}: " in told and meaning in told
+
+
+def test_each_command_with_a_trainings_options_says_what_it_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "Train a student" in help_of(capsys, load_config)
+    for command, written in (
+        (generate_main, "writes raw.jsonl and generation.json into data.generated"),
+        (cache_teacher_main, "manifest.json into model.teacher_cache"),
+    ):
+        told = help_of(capsys, command)
+        assert written in told and "Train a student" not in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "what", "fix"),
+    [
+        (
+            ["--objective.divergence", "klf"],
+            "objective.divergence must be one of fkl, rkl, fkl+rkl, jsd, akl, skew_fkl, skew_rkl, "
+            "tvd, got klf",
+            "python train.py --help",
+        ),
+        (
+            ["--objective.lens.teacher_layers", "3,4"],
+            "objective.lens.teacher_layers must be a list of whole numbers or null, got 3,4",
+            "--objective.lens.teacher_layers '[3,4]'",
+        ),
+        (["--optim.lr", "fast"], "optim.lr must be a number > 0, got fast", "--help"),
+        (["--eval.every", "1.5"], "eval.every must be a whole number ≥ 1 or null, got 1.5", ""),
+        (["--data.packing", "3"], "data.packing must be true or false, got 3", ""),
+        (
+            ["--model.student_lora.r", "x"],
+            "model.student_lora.r must be a whole number ≥ 1, got x",
+            "",
+        ),
+        (["--dry-run"], "unknown flag --dry-run (did you mean --dry_run?)", ""),
+        (["--eval", "few.yaml"], "--eval is a section: give its keys, as --eval.KEY", ""),
+    ],
+)
+def test_wrong_values_are_told_in_a_users_words(flags: list[str], what: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([*TEACHER, *flags])
+    assert what in caught.value.what and fix in caught.value.fix
+    assert "class" not in caught.value.format() and "Parser" not in caught.value.format()
+
+
+def test_a_set_without_brackets() -> None:
+    with pytest.raises(ConfigError, match="sets must be a list of texts, got dolly") as caught:
+        load_evaluate_config(["--sets", "dolly"])
+    assert "--sets '[dolly]'" in caught.value.fix
+
+
+def test_a_file_of_another_name_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        load_config([*TEACHER, "--config", str(tmp_path / "basee.yaml")])
+    assert f"no such file (did you mean {tmp_path}/base.yaml?)" in caught.value.what
+    assert caught.value.fix == ""
+    assert "no such file\n" in refusal("--config", "no/where.yaml") + "\n"

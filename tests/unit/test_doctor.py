@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from distilllens.__main__ import main
+from distilllens.cli.doctor import doctor_main
 from distilllens.commands import doctor
-from distilllens.commands.doctor import Finding, doctor_main, examine, show
+from distilllens.commands.doctor import Finding, examine, show
 from distilllens.errors import ConfigError
 from distilllens.runs import RunFolder, create_run_folder, write_status
 from distilllens.runtime.faults import POINTS

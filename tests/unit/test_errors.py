@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 
-from distilllens.errors import CheckpointError, DataError, UserError, asks_for_debug
+from distilllens.errors import (
+    CheckpointError,
+    DataError,
+    UserError,
+    asks_for_debug,
+    unwritable,
+)
 from distilllens.runtime.signals import Stopped
 
 
@@ -23,6 +30,20 @@ def test_an_error_survives_the_way(error: UserError) -> None:
     arrived = copy.deepcopy(error)  # by the same method as pickle
     assert type(arrived) is type(error) and str(arrived) == str(error)
     assert arrived.exit_code == error.exit_code and arrived.__dict__ == error.__dict__
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("I/O error: full\nand more"), "I/O error: full"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_what_cannot_be_written_is_named_with_the_reason(error: Exception, why: str) -> None:
+    told = unwritable(Path("a/b"), error, option="--out", kept="all else")
+    assert told.what == "cannot write a/b" and told.why == why and told.exit_code == 6
+    assert told.fix.endswith("another --out") and told.kept == "all else"
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,13 @@ def test_answers_to_other_records_are_refused(instruction: str) -> None:
 
 def test_tokens_of_answers_lie_apart() -> None:
     folders = [
-        prepared_folder(DataConfig(path="data/dolly", generated=generated, keep_gold=gold), "gpt2")
+        prepared_folder(
+            DataConfig(path="data/dolly", generated=generated, keep_gold=gold), "gpt2", "0123456789"
+        )
         for generated, gold in ((None, False), ("data/generated/xl", False), ("xl", True))
     ]
     names = ("full", "generated-xl", "generated-xl-and-gold")
-    assert folders == [Path(f"processed_data/dolly/{name}/gpt2") for name in names]
+    assert folders == [Path(f"processed_data/dolly/{name}/gpt2-01234567") for name in names]
 
 
 def test_a_truncated_record_has_no_end(

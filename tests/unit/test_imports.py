@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "distilllens"
 
 FLOORS = """
-    errors statistics ranges parsing config runtime runs public
+    errors statistics ranges plain_yaml parsing config runtime runs public
     divergence kernels fused families lens layers model_files models data
     hidden lens_matrix objective student teacher training
     evaluation report tracking publish checkpoint sweep
     dev_evaluation keeper trainer commands session
-    __main__
+    cli __main__
 """.split()
 """From the ground up; a module imports from its own floor or lower ones, a package is one floor."""
 

@@ -23,7 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from distilllens.commands.make_student import build_student, make_student_main
+from distilllens.cli.make_student import make_student_main
+from distilllens.commands.make_student import build_student
 from distilllens.errors import ConfigError
 from distilllens.families import find_parts
 

@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from distilllens.cli.prepare import PrepareConfig, prepare_main
 from distilllens.config import DataConfig, EvalConfig
 from distilllens.data import prepare
 from distilllens.data.benchmarks import BENCHMARKS
-from distilllens.data.prepare import PUBLISHED_SETS, PrepareConfig, prepare_main
+from distilllens.data.prepare import PUBLISHED_SETS
 from distilllens.errors import ConfigError, DataError
 
 
@@ -44,15 +45,16 @@ def test_prepares_and_prints_the_counts(
     argv = ["--model", "checkpoints/student", "--data", "data/small", "--dev_size", "4"]
     assert prepare_main(argv) == 0
     screen = capsys.readouterr().out
-    assert "processed_data/small/full/gpt2" in screen
+    assert "processed_data/small/full/gpt2-" in screen
     cells = [line.split("│")[1:4] for line in screen.splitlines() if "│" in line]
     counts = {c[0].strip(): (c[1].strip(), c[2].strip()) for c in cells}
     assert counts["records"] == counts["used"] == ("8", "4")
     assert counts["dropped: prompt too long"] == ("0", "0")
-    before = (workplace / "processed_data/small/full/gpt2/manifest.json").stat().st_mtime_ns
+    (manifest,) = workplace.glob("processed_data/small/full/gpt2-*/manifest.json")
+    before = manifest.stat().st_mtime_ns
     assert prepare_main(argv) == 0
-    after = (workplace / "processed_data/small/full/gpt2/manifest.json").stat().st_mtime_ns
-    assert after == before
+    assert manifest.stat().st_mtime_ns == before
+    assert len(list(workplace.glob("processed_data/small/full/*"))) == 1
 
 
 def test_every_flag_arrives(workplace: Path) -> None:
@@ -91,7 +93,7 @@ def test_help_documents_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], ConfigError, "--model"),
         (["--model", "checkpoints/nothing"], ConfigError, "checkpoints/nothing"),
-        (["--modle", "x"], ConfigError, "did you mean model"),
+        (["--modle", "x"], ConfigError, "did you mean --model"),
         (["--model", "checkpoints/student", "--dev_size", "x"], ConfigError, "dev_size"),
         (["--model", "checkpoints/student", "--data", "data/no"], DataError, "data/no/raw.jsonl"),
         (["--model", "checkpoints/student", "--trust_remote_code", "true"], ConfigError, "revis"),

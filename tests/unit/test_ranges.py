@@ -9,9 +9,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 import pytest
 from annotated_types import Ge, Interval
 
-from distilllens.commands.skills import SkillsConfig
+from distilllens.cli.prepare import PrepareConfig
+from distilllens.cli.skills import SkillsConfig
 from distilllens.config import EvaluateConfig, JudgeConfig, TrainConfig, load_config
-from distilllens.data.prepare import PrepareConfig
 from distilllens.errors import ConfigError
 from distilllens.ranges import Count, InnerShare, Positive, Share, field_ranges, range_problem
 

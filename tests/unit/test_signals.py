@@ -15,7 +15,8 @@ import pytest
 
 from distilllens.errors import ConfigError
 from distilllens.runtime import distributed, signals
-from distilllens.runtime.signals import Request, SteadyStream, Stopped, StopRequest, poll, stoppable
+from distilllens.runtime.screen import SteadyStream
+from distilllens.runtime.signals import Request, Stopped, StopRequest, poll, stoppable
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distilllens.commands.skills import build_tiny_models, skills_main
+from distilllens.cli.skills import skills_main
+from distilllens.commands.skills import build_tiny_models
 from distilllens.data.prompts import alpaca_prompt
 from distilllens.data.skills.kinds import KINDS, Task
 from distilllens.data.skills.records import (

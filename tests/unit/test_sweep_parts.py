@@ -108,7 +108,9 @@ def test_mistakes_of_all_methods_are_told_once_each(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, methods={**methods, "kd": kd})
     with pytest.raises(ConfigError) as told:
         build_cells(sweep)
-    assert "a, b: unknown flag --optim.max_step (did you mean optim.max_steps?)" in told.value.what
+    assert (
+        "a, b: unknown flag --optim.max_step (did you mean --optim.max_steps?)" in told.value.what
+    )
     assert "kd: model.teacher is needed" in told.value.what
 
 

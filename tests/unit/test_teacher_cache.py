@@ -23,13 +23,13 @@ from distilllens.commands.cache_teacher import (
     length_batches,
     make_cache,
     missing_shards,
-    plan_shards,
 )
 from distilllens.config import load_config
 from distilllens.data.collate import Batch, collate
 from distilllens.data.tokenize import PreparedData, response_rows
 from distilllens.errors import CheckpointError, ConfigError
 from distilllens.lens import LogitLens
+from distilllens.runtime.shards import cut_shards
 from distilllens.runtime.signals import StopRequest
 from distilllens.student import Teacher
 from distilllens.teacher.cache import (
@@ -40,6 +40,7 @@ from distilllens.teacher.cache import (
     encode_rows,
     read_manifest,
     relative_errors,
+    shard_path,
 )
 from distilllens.training.setup import Plan, plan_run
 
@@ -74,7 +75,7 @@ def make_job(
     train = records()
     counts = response_rows(train)
     row_bytes = bytes_per_row(len(layers), teacher.unembedding().head_VD.shape[1], bits)
-    shards = plan_shards(counts, row_bytes)
+    shards = cut_shards(counts, cache_teacher.SHARD_BYTES // row_bytes)
     return CacheJob(
         plan=dataclasses.replace(plan, config=config),
         data=PreparedData(
@@ -198,12 +199,9 @@ def test_gpt2_xl_with_five_layers_takes_19_kilobytes() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_shards_hold_all_records_in_order_within_the_size(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_teacher, "SHARD_BYTES", 100)
-    counts = np.random.default_rng(seed).integers(0, 40, size=50)  # 4 bytes a row: 25 rows
-    shards = plan_shards(counts, 4)
+def test_shards_hold_all_records_in_order_within_the_size(seed: int) -> None:
+    counts = np.random.default_rng(seed).integers(0, 40, size=50)
+    shards = cut_shards(counts, 25)
     assert [shard.number for shard in shards] == list(range(len(shards)))
     covered = [record for shard in shards for record in range(shard.first, shard.stop)]
     assert covered == list(range(50))
@@ -212,7 +210,14 @@ def test_shards_hold_all_records_in_order_within_the_size(
         assert shard.rows <= 25 or shard.stop == shard.first + 1
         if after is not None:  # as large as it can be
             assert shard.rows + counts[after.first] > 25
-    assert plan_shards(counts[:30], 4)[:-1] == shards[: len(plan_shards(counts[:30], 4)) - 1]
+    fewer = cut_shards(counts[:30], 25)
+    assert fewer[:-1] == shards[: len(fewer) - 1]
+
+
+def test_shards_of_single_rows_by_hand() -> None:
+    cuts = [(shard.first, shard.stop, shard.rows) for shard in cut_shards([1] * 23, 10)]
+    assert cuts == [(0, 10, 10), (10, 20, 10), (20, 23, 3)]
+    assert cut_shards([], 10) == []
 
 
 def test_batches_keep_to_the_budget_and_lose_nothing() -> None:
@@ -334,7 +339,7 @@ def test_opening_reads_no_rows(plan: Plan, tmp_path: Path) -> None:
     job = make_job(plan, tmp_path / "cache", build("gpt2"))
     make(job)
     teacher = read(job)
-    path = job.folder / job.shards[0].file
+    path = shard_path(job.folder, job.shards[0])
     with path.open("r+b") as file:
         file.seek(-4, 2)
         file.write(np.float32(1234.5).tobytes())
@@ -377,13 +382,13 @@ def test_a_damaged_shard_is_named_and_made_again(
     monkeypatch.setattr(cache_teacher, "SHARD_BYTES", 5000)
     job = make_job(plan, tmp_path / "cache", build("gpt2"))
     make(job)
-    path = job.folder / job.shards[1].file
+    path = shard_path(job.folder, job.shards[1])
     content = path.read_bytes()
     path.unlink()
     if damage == "short":
         path.write_bytes(content[:-1])
     elif damage == "other records":
-        path.write_bytes((job.folder / job.shards[0].file).read_bytes())
+        path.write_bytes((shard_path(job.folder, job.shards[0])).read_bytes())
     elif damage == "no file":
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"rows-00001\.safetensors is damaged"):

@@ -44,6 +44,7 @@ def prepare(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Prepare:
         dev_size: int = 5,
         tokenizer: PreTrainedTokenizerFast = tiny_tokenizer,
         build: bool = True,
+        write: bool = True,
         console: Console | None = None,
         **data: object,
     ) -> PreparedData:
@@ -59,6 +60,7 @@ def prepare(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Prepare:
             tokenizer=tokenizer,
             family="gpt2",
             build=build,
+            write=write,
             console=console or Console(file=StringIO(), width=80),
         )
 
@@ -345,11 +347,40 @@ def test_target_below_a_file(tmp_path: Path, prepare: Prepare) -> None:
 def test_default_folder(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepared = prepare(processed=None, path="raw/")
-    assert prepared.folder == Path("processed_data/raw/full/gpt2")
+    assert prepared.folder == Path(f"processed_data/raw/full/gpt2-{prepared.fingerprint[:8]}")
     assert {p.name for p in prepared.folder.iterdir()} == {"train", "dev", "manifest.json"}
     manifest = json.loads((prepared.folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["fingerprint"] == prepared.fingerprint
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_other_lengths_have_a_default_folder_of_their_own(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = prepare(processed=None)
+    before = stamps(long.folder)
+    short = prepare(processed=None, max_length=199)
+    fewer = prepare(processed=None, dev_size=4)
+    assert len({long.folder, short.folder, fewer.folder}) == 3
+    assert stamps(long.folder) == before
+    assert prepare(processed=None).folder == long.folder
+
+
+def test_without_writing_every_folder_stays_as_it_is(tmp_path: Path, prepare: Prepare) -> None:
+    prepare()
+    before = stamps(tmp_path)
+    screen = StringIO()
+    console = Console(file=screen, width=80)
+    seen = prepare(max_length=199, train_size=3, write=False, console=console)
+    assert stamps(tmp_path) == before
+    assert "would be tokenised anew: max_length was 200, now 199" in screen.getvalue()
+    written = prepare(max_length=199, train_size=3)
+    assert seen.train[:] == written.train[:] and seen.dev[:] == written.dev[:]
+    assert len(seen.train) == 3
+    assert seen.fingerprint == written.fingerprint and seen.stats == written.stats
+    assert seen.folder == written.folder and seen.summary() == written.summary()
+    assert list(record_lengths(seen.train)) == list(record_lengths(written.train))
 
 
 # --- what does not work, and says so ------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from distilllens import errors
 from distilllens.errors import ConfigError, StorageError
 from distilllens.evaluation.cells.provenance import differences
 
@@ -99,12 +100,8 @@ def check_writable(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> StorageError:
     """Returns what a user should read where a file of the results cannot be written."""
-    return StorageError(
-        f"cannot write {path}",
-        why=error.strerror or str(error),
-        fix="free the disk, or choose another --output_dir",
-        kept="every finished cell has its results.json; the same command goes on with the others",
-    )
+    kept = "every finished cell has its results.json; the same command goes on with the others"
+    return errors.unwritable(path, error, option="--output_dir", kept=kept)
 
 
 def read_result(file: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distilllens.config import JudgeConfig
-from distilllens.errors import StorageError
+from distilllens.errors import StorageError, unwritable
 from distilllens.evaluation.judge.questions import PROMPT_VERSION, Conversation, Reply
 
 
@@ -91,9 +91,5 @@ def _settings(config: JudgeConfig) -> dict[str, Any]:
 
 
 def _unwritable(file: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{file} cannot be read or written",
-        why=error.strerror or str(error),
-        fix="free the disk, or choose another --output_dir",
-        kept="every reply that stands there",
-    )
+    kept = "every reply that stands there"
+    return unwritable(file, error, option="--output_dir", kept=kept)

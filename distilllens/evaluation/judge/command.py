@@ -20,9 +20,9 @@ from typing import Any
 
 from rich.console import Console
 
-from distilllens.config import JudgeConfig, load_judge_config
+from distilllens.config import JudgeConfig
 from distilllens.data.progress import track
-from distilllens.errors import EXIT_OK, EXIT_TIME_LIMIT, ConfigError, StorageError
+from distilllens.errors import EXIT_TIME_LIMIT, ConfigError, StorageError
 from distilllens.evaluation.cells.results import check_writable
 from distilllens.evaluation.judge.answers import Item, load_items
 from distilllens.evaluation.judge.cache import ReplyCache
@@ -45,16 +45,6 @@ from distilllens.evaluation.judge.summary import (
 from distilllens.runs import git_commit, redact, replace_text, versions, write_json
 from distilllens.runtime.lock import locked
 from distilllens.runtime.signals import Stopped, stoppable
-
-
-def judge_main(argv: Sequence[str]) -> int:
-    """Judges as the arguments say; returns 0.
-
-    Raises:
-        UserError: As `judge`.
-    """
-    judge(load_judge_config(argv))
-    return EXIT_OK
 
 
 def judge(config: JudgeConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``python -m distilllens lens --teacher A --student B [--before C] --data FILE …``"""
+"""What the command ``lens`` does: reads the models, and writes the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +18,8 @@ from distilllens.config import ModelConfig
 from distilllens.errors import ConfigError
 from distilllens.layers import LayerPair
 from distilllens.lens_matrix import LensMap
-from distilllens.parsing import CommandParser
 from distilllens.public import public_command
+from distilllens.report.device import usable_device
 from distilllens.report.lens.curves import plot_statistic
 from distilllens.report.lens.files import (
     divergence_csv,
@@ -39,30 +38,22 @@ from distilllens.report.runs.record import RunRecord, read_runs
 from distilllens.report.style import LIGHT, figure_png, figure_svg
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
-EPILOG = """\
-Writes into the --out folder: lens.html, one page with everything, that needs no network; lens.json,
-all its numbers; layers.csv, divergence.csv and tokens.csv; figures/, every figure as PNG and SVG.
-"""
 
 
-def lens_main(argv: Sequence[str] | None = None) -> int:
+def write_lens_report(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     """Reads the models through their lenses, writes the report, and prints the page's path.
 
     Args:
-        argv: Arguments after ``lens``; default: those of the process.
-
-    Returns:
-        0.
+        arguments: Of `parse_lens_arguments`.
+        options: As they were typed, for the page's footer.
 
     Raises:
-        ConfigError: Wrong usage; a model is missing or broken, or shares no tokens with the others.
+        ConfigError: A model is missing or broken, or shares no tokens with the others; no such
+            device.
         DataError: A missing file, a malformed record, no usable record.
         StorageError: The output folder cannot be written.
     """
-    options = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parse(options)
-    settings = _settings(arguments)
+    settings = _settings(arguments, usable_device(arguments.device))
     out = arguments.out or default_folder(settings)
     figures = out / "figures"
     for folder in (out, figures):
@@ -86,80 +77,9 @@ def lens_main(argv: Sequence[str] | None = None) -> int:
     console.print(_last_layers(study))
     # Not through rich, which would break a long path into lines.
     print(f"{out / 'lens.html'} ({len(page.encode()) / 1e6:.2f} MB)")
-    return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = CommandParser(
-        prog="python -m distilllens lens",
-        description="What every layer of teacher and student would say if the model stopped there.",
-        epilog=EPILOG,
-    )
-    _add_models(parser.add_argument_group("models"))
-    _add_text(parser.add_argument_group("text"))
-    out = parser.add_argument_group("computation and output")
-    out.add_argument("--out", metavar="DIR", type=Path, help="default: results/lens/STUDENT")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out.add_argument(
-        "--device", metavar="D", default=device, help="cpu, cuda, cuda:1 (%(default)s)"
-    )
-    out.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights; "
-        "probabilities are float32 always (%(default)s)")  # fmt: skip
-    out.add_argument("--attention", choices=ATTENTION, default="auto", help="(%(default)s)")
-    arguments = parser.parse_args(argv)
-    for name in ("prompts", "tokens", "show_tokens", "max_length", "max_prompt_length"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value} must be ≥ 1")
-    if arguments.show < 0:
-        raise ConfigError(f"--show {arguments.show} must be ≥ 0")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"--device {arguments.device} cannot be used", why=first_line) from None
-    return arguments
-
-
-def _add_models(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--teacher", metavar="PATH", help="Hugging Face model folder")
-    add("--student", metavar="PATH", help="the trained student's")
-    add("--before", metavar="PATH", help="the student before its training, for comparison")
-    add("--teacher_lora", metavar="DIR", help="adapter of the teacher, merged when it is loaded")
-    add("--student_lora", metavar="DIR", help="adapter of the student; exported ones are merged "
-        "already")  # fmt: skip
-    add("--run", metavar="RUN", type=Path, help="training run: its teacher, best/ as the student, "
-        "the student it began with, its held-out data and lengths, and the layers it paired, which "
-        "are framed; other options go before it")  # fmt: skip
-
-
-def _add_text(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--data", metavar="FILE", type=Path, help="held-out records (JSON lines with instruction, "
-        "input, output); of a run: valid.jsonl in its data")  # fmt: skip
-    add("--prompts", metavar="N", type=int, default=64, help="records of the figures: the first N "
-        "(%(default)s)")  # fmt: skip
-    add("--tokens", metavar="N", type=int, default=512, help="response tokens of them, evenly "
-        "spread (%(default)s)")  # fmt: skip
-    add("--show", metavar="N", type=int, default=3, help="records shown token by token: the first "
-        "N usable ones (%(default)s)")  # fmt: skip
-    add("--show_tokens", metavar="N", type=int, default=64, help="response tokens of each: the "
-        "first N (%(default)s)")  # fmt: skip
-    add("--prompt", metavar="TEXT", action="append", default=[], help="an instruction of your own, "
-        "shown token by token; may be given several times")  # fmt: skip
-    add("--response", metavar="TEXT", action="append", default=[], help="its answer, one for each "
-        "--prompt; default: a greedy answer of the teacher, or the one of --answers")  # fmt: skip
-    add("--answers", choices=("reference", "teacher", "student"), default="reference", help="which "
-        "answers are shown token by token: the records' references, or greedy ones of a model "
-        "(%(default)s)")  # fmt: skip
-    add("--max_length", metavar="N", type=int, help="longest prompt + answer in tokens, longer "
-        "answers are cut (512, or the run's; never over the models' context)")  # fmt: skip
-    add("--max_prompt_length", metavar="N", type=int, help="records with longer prompts in tokens "
-        "are left out (256, or the run's)")  # fmt: skip
-
-
-def _settings(arguments: argparse.Namespace) -> StudySettings:
+def _settings(arguments: argparse.Namespace, device: str) -> StudySettings:
     """Joins the options with what the run says; options win."""
     run = None if arguments.run is None else read_runs([arguments.run])[0]
     teacher, student, before, data = (
@@ -205,7 +125,7 @@ def _settings(arguments: argparse.Namespace) -> StudySettings:
         own_responses=tuple(arguments.response),
         max_length=arguments.max_length or max_length,
         max_prompt_length=arguments.max_prompt_length or max_prompt_length,
-        device=arguments.device,
+        device=device,
         dtype=DTYPES[arguments.dtype],
         attention=arguments.attention,
     )

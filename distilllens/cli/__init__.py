@@ -1,0 +1,1 @@
+"""The commands: each reads its arguments first, and only then loads what does the work."""
