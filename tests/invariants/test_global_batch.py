@@ -136,12 +136,12 @@ def test_two_processes(workspace: Workspace) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, *command, str(WORKER), str(list_file)],
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-20_000:]
     expected = expected_gradients(workspace)
     for out, _ in jobs:
         assert worst(load_file(out), expected) < TOLERANCE, out
