@@ -280,7 +280,7 @@ def test_more_records_are_added(
 def test_two_processes_write_the_same_bytes(workspace: Workspace, small_shards: None) -> None:
     worker = workspace.root / "worker.py"
     worker.write_text(
-        "import os, sys\nfrom distilllens import cache_teacher\n"
+        "import os, sys\nfrom distilllens.commands import cache_teacher\n"
         f"cache_teacher.SHARD_BYTES = {SMALL_SHARDS}\n"
         "write = cache_teacher.write_shard\n"
         "def tell_and_write(folder, shard, *arguments, **more):\n"
