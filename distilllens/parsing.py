@@ -336,10 +336,10 @@ def _wrong_value(told: str, types: Mapping[str, Any], prog: str) -> ConfigError:
         return ConfigError(told[:LONGEST_MESSAGE], fix=f"{prog} --help")
     value, name = f"{values[0]:.80}", key.rpartition(".")[2]
     fix = f"{prog} --help"
-    if "<class 'str'>" in told:
-        fix = f"quote it in YAML, as in {name}: '…'"
-    elif "<class 'list'>" in told:
+    if "Expected a <class 'list'>" in told:
         fix = f"a list stands in brackets: --{key} '[{value}]', or {name}: [{value}] in YAML"
+    elif str in (types[key], *get_args(types[key])):
+        fix = f"quote it in YAML, as in {name}: '…'"
     return ConfigError(f"{key} must be {describe_type(types[key])}, got {value}", fix=fix)
 
 
