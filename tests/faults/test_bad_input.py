@@ -223,9 +223,13 @@ def test_broken_lines_are_skipped_and_counted(run: Run) -> None:
     def edit(root: Path) -> None:
         (root / "data/toy/raw.jsonl").write_bytes(b"\n".join(lines))
 
-    outcome = run(BadInput(code=0, told="", flags=("--data.bad_lines", "skip"), edit=edit))
+    dry = run(BadInput(code=0, told="", flags=("--data.bad_lines", "skip"), edit=edit))
+    assert dry.code == 0, dry.errors
+    assert not dry.changed
+    assert f"{len(BROKEN_LINES)} broken lines skipped" in " ".join(dry.output.split())
+    flags = ("--bad_lines", "skip")
+    outcome = run(BadInput(code=0, told="", command="prepare", flags=flags, edit=edit))
     assert outcome.code == 0, outcome.errors
-    assert f"{len(BROKEN_LINES)} broken lines skipped" in " ".join(outcome.output.split())
     kept = (outcome.root / "tokens/broken_lines.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["line"] for line in kept] == list(range(31, 31 + len(BROKEN_LINES)))
     manifest = json.loads((outcome.root / "tokens/manifest.json").read_text(encoding="utf-8"))

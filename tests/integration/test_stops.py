@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import evaluate
 import train
-from distilllens import session, trainer
+from distilllens import dev_evaluation, session
 from distilllens.__main__ import main as command_main
 from distilllens.config import DataConfig, EvalConfig
 from distilllens.data import tokenize
@@ -273,7 +273,7 @@ def test_sigterm_in_the_dev_evaluation_ends_within_a_batch_and_loses_no_metrics(
     flags += ["--eval.max_new_tokens", "4", "--data.max_prompt_length", "110"]
     flags += ["--eval.metric", "rougeL" if generated else "loss"]
     assert train.main(workspace.flags(*flags, out="straight")) == 0
-    place = (generation, "decode_answer") if generated else (trainer, "collate_columns")
+    place = (generation, "decode_answer") if generated else (dev_evaluation, "collate_columns")
     # 12 answers, or 3 batches, in each evaluation: after the second batch of the last.
     count = 12 * (step // 2) - 2 if generated else 3 * (step // 2) - 1
     with monkeypatch.context() as patch:
