@@ -46,7 +46,7 @@ BEGUN = re.compile(r"^(resuming from )?step \d", re.MULTILINE)
 """In the log of a process whose loading is done."""
 PLAIN_EACH = 8
 """One start in so many is of `python train.py`, the others of forked processes."""
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds after which something hangs."""
 
 
