@@ -76,6 +76,11 @@ def test_every_module_has_a_floor() -> None:
     assert len(set(FLOORS)) == len(FLOORS)
 
 
+def test_architecture_names_every_module() -> None:
+    told = set(re.findall(r"\w+", (ROOT / "docs/architecture.md").read_text(encoding="utf-8")))
+    assert {name.rpartition(".")[2] for name in FILES} - told == {"__main__"}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_imports_go_downward(name: str) -> None:
     floor = name.partition(".")[0]

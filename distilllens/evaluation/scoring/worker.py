@@ -1,4 +1,4 @@
-"""The process that scores answers for another one; `scoring` starts it.
+"""The process that scores answers for another one; `pool` starts it.
 
 Reads lines of JSON, ``[key, answer, references]``, and writes ``[key, rougeL, exact_match]`` for
 each; for one that it cannot score, ``{"error": traceback}``, its last. It ends when its input does,

@@ -4,7 +4,7 @@ The same function, the same settings, the same results file; the samples differ,
 two are told apart (see `provenance`). Each request has its own seed, but vLLM's rounding depends on
 the batch: unlike ours, its answers are not promised to be the same in any company.
 
-vLLM has no n-gram rule. `vllm_rules` adds it where vLLM takes logits processors of its V1 model
+vLLM has no n-gram rule. `rules` adds it where vLLM takes logits processors of its V1 model
 runner; every answer is then checked, so a version that ignores the rule is an error, never another
 protocol.
 """

@@ -1,7 +1,7 @@
 """The rules of our sampling that vLLM lacks, as a logits processor that its workers load by name.
 
 Only vLLM imports this file: it needs vLLM's own base class. The interface is that of vLLM's V1
-model runner; what comes back is checked by `vllm_backend`, whatever runner a version takes.
+model runner; what comes back is checked by `backend`, whatever runner a version takes.
 """
 
 from __future__ import annotations

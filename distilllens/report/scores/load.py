@@ -60,7 +60,7 @@ class Score:
     """How the answers were generated; methods are comparable where this is equal."""
     origin: Mapping[str, str]
     """What else made the figures, as far as the result tells: `WEIGHTS`, and what
-    `score_warnings.MADE_BY` lists."""
+    `comparison.warnings.MADE_BY` lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
